@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from adaptive.ops.backend import Implementation, choose, refuses_triton, register
 from adaptive.ops.grouped_linear import grouped_linear
+from adaptive.ops.matrix_product import add_product, product, rounded_rows
 from adaptive.ops.permute import pair_weights, permute, unpermute
 
 Activation = Literal["swiglu", "gelu"]
@@ -113,16 +114,19 @@ class _Chunked(torch.autograd.Function):
     ) -> Tensor:
         chunks, sources, weights = _chunked(x_TD, pairs_N, rows_E, weights_TK, top_k)
         ups, downs = up_EHD.unbind(), down_EDF.unbind()
-        longest = max((count for _, count in chunks), default=0)
+        rounded = [rounded_rows(count, downs[expert]) for expert, count in chunks]
+        longest = max(rounded, default=0)
         rows_buffer = x_TD.new_empty(longest, x_TD.shape[1])
         act_buffer = x_TD.new_empty(longest, down_EDF.shape[2])
         out_TD = torch.zeros_like(x_TD)
         products = []
-        for (expert, count), source_R, weights_R1 in zip(chunks, sources, weights, strict=True):
-            x_RD = torch.index_select(x_TD, 0, source_R, out=rows_buffer[:count])
-            hidden_RH = torch.mm(x_RD, ups[expert].t())
-            act_RF, _ = _activate_into(hidden_RH, activation, act_buffer[:count], None)
-            y_RD = torch.mm(act_RF, downs[expert].t(), out=x_RD)
+        for (expert, count), rows, source_R, weights_R1 in zip(
+            chunks, rounded, sources, weights, strict=True
+        ):
+            x_RD = _gather(x_TD, source_R, rows_buffer[:rows])
+            hidden_RH = product(x_RD, ups[expert].t())
+            act_RF, _ = _activate_into(hidden_RH, activation, act_buffer[:rows], None)
+            y_RD = product(act_RF, downs[expert].t(), out=x_RD)[:count]
             if weights_R1 is not None:
                 y_RD.mul_(weights_R1)
             out_TD.index_add_(0, source_R, y_RD)
@@ -141,32 +145,34 @@ class _Chunked(torch.autograd.Function):
         grad_up = _GradientOf(up_EHD, chunks) if ctx.needs_input_grad[1] else None
         grad_down = _GradientOf(down_EDF, chunks) if ctx.needs_input_grad[2] else None
         per_pair = []
-        longest, ffn_dim = max((count for _, count in chunks), default=0), down_EDF.shape[2]
+        longest, ffn_dim = max((len(hidden) for hidden in products), default=0), down_EDF.shape[2]
         buffers = [x_TD.new_empty(longest, n) for n in (x_TD.shape[1], up_EHD.shape[1])]
         buffers += [x_TD.new_empty(longest, ffn_dim) for _ in range(3)]
         for (expert, count), source_R, weights_R1, hidden_RH in zip(
             chunks, sources, weights, products, strict=True
         ):
-            rows, grad_hidden, act, silu, grad_act = (buffer[:count] for buffer in buffers)
+            # Rounded up as in forward; the rows beyond `count` are zero in every factor.
+            rows, grad_hidden, act, silu, grad_act = (buf[: len(hidden_RH)] for buf in buffers)
             act_RF, silu_RF = _activate_into(hidden_RH, ctx.activation, act, silu)
-            grad_RD = torch.index_select(grad_TD, 0, source_R, out=rows)
-            grad_act_RF = torch.mm(grad_RD, downs[expert], out=grad_act)
+            grad_RD = _gather(grad_TD, source_R, rows)
+            grad_act_RF = product(grad_RD, downs[expert], out=grad_act)
             if weights_R1 is not None:
-                # grad_hidden has room for the product until it is computed itself.
-                product = torch.mul(grad_act_RF, act_RF, out=grad_hidden[:, :ffn_dim])
-                per_pair.append(product.sum(-1, dtype=_wide(product)))
-                grad_RD.mul_(weights_R1)
-                grad_act_RF.mul_(weights_R1)
+                # grad_hidden has room for the products until it is computed itself.
+                products_RF = torch.mul(grad_act_RF, act_RF, out=grad_hidden[:, :ffn_dim])[:count]
+                per_pair.append(products_RF.sum(-1, dtype=_wide(products_RF)))
+                grad_RD[:count].mul_(weights_R1)
+                grad_act_RF[:count].mul_(weights_R1)
             if grad_down is not None:
                 grad_down.add_product(expert, grad_RD.t(), act_RF)
             grad_hidden_RH = _activation_gradient(
                 grad_act_RF, hidden_RH, ctx.activation, grad_hidden, silu_RF
             )
             if grad_up is not None:
-                x_RD = torch.index_select(x_TD, 0, source_R, out=rows)
+                x_RD = _gather(x_TD, source_R, rows)
                 grad_up.add_product(expert, grad_hidden_RH.t(), x_RD)
             if grad_x is not None:
-                grad_x.index_add_(0, source_R, torch.mm(grad_hidden_RH, ups[expert], out=rows))
+                grad_x_RD = product(grad_hidden_RH, ups[expert], out=rows)
+                grad_x.index_add_(0, source_R, grad_x_RD[:count])
         grad_weights = None
         if weights_TK is not None:
             grad_weights = torch.zeros_like(weights_TK)
@@ -206,6 +212,15 @@ def _chunked(
     return chunks, source_N.split(counts), weights_N1.split(counts)
 
 
+def _gather(source_TD: Tensor, index_R: Tensor, out_RD: Tensor) -> Tensor:
+    """The rows of `index`, and zeros in what `out` has beyond them."""
+    count = len(index_R)
+    torch.index_select(source_TD, 0, index_R, out=out_RD[:count])
+    if count < len(out_RD):
+        out_RD[count:].zero_()
+    return out_RD
+
+
 class _GradientOf:
     """The gradient of stacked weights, summed over chunks; zero for experts without any."""
 
@@ -217,10 +232,13 @@ class _GradientOf:
         self._started: set[int] = set()
 
     def add_product(self, expert: int, left: Tensor, right: Tensor) -> None:
+        total = self._of_expert[expert]
         if expert in self._started:
-            self._of_expert[expert].addmm_(left, right)
+            add_product(total, left, right)
         else:
-            torch.mm(left, right, out=self._of_expert[expert])
+            found = product(left, right, out=total)
+            if found is not total:
+                total.copy_(found)
             self._started.add(expert)
 
 

@@ -24,6 +24,7 @@ from adaptive.ops.backend import (
     register,
     warn_once,
 )
+from adaptive.ops.matrix_product import add_product, by_onednn, product
 from adaptive.ops.parameter_weights import (
     THETA,
     ZERO_NORM,
@@ -192,11 +193,11 @@ class _Blocked(torch.autograd.Function):
         tokens, width = x_TD.shape[0], keys_ND.shape[0]
         theta = THETA[options.activation]
         span, rows = _block_sizes(x_TD, width, options)
-        kept = None if options.save_memory else torch.mm(x_TD, keys_ND.t())
+        kept = None if options.save_memory else product(x_TD, keys_ND.t())
         statistic_T1 = x_TD.new_empty(tokens, 1, dtype=statistic_dtype(x_TD))
         out_TO = x_TD.new_empty(tokens, values_NO.shape[1])
         buffer = x_TD.new_empty(min(span, tokens), width)
-        scores = torch.empty_like(buffer) if kept is None else None
+        scores = None if kept is not None or by_onednn(x_TD) else torch.empty_like(buffer)
         for first, last in _stretches(0, tokens, span):
             scores_SN = _scores(x_TD, keys_ND, kept, scores, first, last)
             weights_SN = buffer[: last - first]
@@ -209,7 +210,8 @@ class _Blocked(torch.autograd.Function):
                 theta.prepare(scores_SN[own], statistic_R1, scale)
                 theta.weights(scores_SN[own], statistic_R1, weights_SN[own])
                 _drop(weights_SN[own], start, options)
-            torch.mm(weights_SN, values_NO, out=out_TO[first:last])
+            _product_into(out_TO[first:last], weights_SN, values_NO)
+            del scores_SN
         ctx.save_for_backward(x_TD, keys_ND, values_NO, scale, kept, statistic_T1)
         ctx.options, ctx.sizes = options, (span, rows)
         return out_TO
@@ -228,7 +230,7 @@ class _Blocked(torch.autograd.Function):
         )
         buffer = x_TD.new_empty(min(span, tokens), width)
         scratch = x_TD.new_empty(min(rows, tokens), width)
-        scores = torch.empty_like(buffer) if kept is None else None
+        scores = None if kept is not None or by_onednn(x_TD) else torch.empty_like(buffer)
         for first, last in _stretches(0, tokens, span):
             prepared_SN = _scores(x_TD, keys_ND, kept, scores, first, last)
             if kept is None:
@@ -246,18 +248,20 @@ class _Blocked(torch.autograd.Function):
                 _accumulate(grad_values_NO, buffer_SN.t(), grad_SO, fresh=first == 0)
             if grad_x_TD is None and grad_keys_ND is None:
                 continue
-            torch.mm(grad_SO, values_NO.t(), out=buffer_SN)
+            grad_SN = product(grad_SO, values_NO.t(), out=buffer_SN)
             for start, own, statistic_R1 in blocks:
-                grad_RN = buffer_SN[own]
+                grad_RN = grad_SN[own]
                 _drop(grad_RN, start, options)
                 scratch_RN = scratch[: grad_RN.shape[0]]
                 theta.backward(
                     grad_RN, prepared_SN[own], statistic_R1, scratch_RN, scale, options.group
                 )
             if grad_keys_ND is not None:
-                _accumulate(grad_keys_ND, buffer_SN.t(), x_TD[first:last], fresh=first == 0)
+                _accumulate(grad_keys_ND, grad_SN.t(), x_TD[first:last], fresh=first == 0)
             if grad_x_TD is not None:
-                torch.mm(buffer_SN, keys_ND, out=grad_x_TD[first:last])
+                _product_into(grad_x_TD[first:last], grad_SN, keys_ND)
+            # What a library allocated itself is free before the next span asks for as much.
+            del prepared_SN, buffer_SN, grad_SN, grad_RN
         if tokens == 0:
             for grad in (grad_keys_ND, grad_values_NO):
                 if grad is not None:
@@ -286,19 +290,24 @@ def _scores(
     first: int,
     last: int,
 ) -> Tensor:
-    """Scores of a span of tokens: those kept of all tokens, or computed into the buffer."""
+    """Scores of a span of tokens: those kept of all tokens, or computed, into a given buffer."""
     if kept is not None:
         return kept[first:last]
-    assert buffer is not None
-    return torch.mm(x_TD[first:last], keys_ND.t(), out=buffer[: last - first])
+    out_SN = None if buffer is None else buffer[: last - first]
+    return product(x_TD[first:last], keys_ND.t(), out=out_SN)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
     if fresh:
-        torch.mm(left, right, out=total)
+        _product_into(total, left, right)
     else:
-        # Not addmm_, which FLOP counters do not know.
-        torch.addmm(total, left, right, out=total)
+        add_product(total, left, right)
+
+
+def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    found = product(left, right, out=out)
+    if found is not out:
+        out.copy_(found)
 
 
 def _stretches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

@@ -99,6 +99,27 @@ def test_experts_without_tokens_get_zero_gradients_not_none(
         assert torch.count_nonzero(given[name].grad) == 0, name
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_rows_that_round_a_shape_up_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, activation: str
+) -> None:
+    monkeypatch.setenv("ADAPTIVE_BACKEND", "torch")
+    # 11 tokens: no expert's rows are a multiple of 16, and what memory held before is not a number.
+    monkeypatch.setattr(module, "rounded_rows", lambda rows, _: -(-rows // 16) * 16)
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(float("nan"))
+    )
+    given = inputs(activation)
+    out = computed(given, activation, None)
+    expected = token_by_token(given, activation, torch.ones(TOKENS, 2, dtype=torch.bool))
+    torch.testing.assert_close(out, expected)
+    leaves = [given[name] for name in ("x", "up", "down", "weights")]
+    got = torch.autograd.grad(out.pow(2).sum(), leaves)
+    for a, b in zip(got, torch.autograd.grad(expected.pow(2).sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("frozen", [("up", "down"), ("x", "weights")])
 def test_frozen_inputs_cost_no_gradient(frozen: tuple[str, ...]) -> None:
     given = inputs()
