@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from adaptive.ops.flop_formulas import flop_formula
 
 _ROW_MULTIPLE = 16
 _WORTH_COMPILING = 128**3
@@ -35,7 +36,7 @@ def product(a_MK: Tensor, b_KN: Tensor, *, out: Tensor | None = None) -> Tensor:
         out: [M, N], memory that may be used for the result. The result is what is returned;
             whether it lies there depends on the library.
     """
-    if by_onednn(a_MK) and _worth(a_MK.shape[0], b_KN):
+    if by_onednn(a_MK) and _worth(a_MK.shape[0], b_KN) and _whole(a_MK) and _whole(b_KN):
         return _onednn(a_MK, b_KN.t(), None, "none", [], "")
     return torch.mm(a_MK, b_KN, out=out) if out is not None else torch.mm(a_MK, b_KN)
 
@@ -58,6 +59,11 @@ def rounded_rows(rows: int, weight: Tensor) -> int:
 
 def _worth(rows: int, b_KN: Tensor) -> bool:
     return rows * b_KN.shape[0] * b_KN.shape[1] >= _WORTH_COMPILING
+
+
+def _whole(matrix: Tensor) -> bool:
+    """Whether it is no slice of a wider matrix: oneDNN takes a thousand times as long for those."""
+    return matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
 def by_onednn(x: Tensor) -> bool:
@@ -92,6 +98,6 @@ _onednn: Any = None if _packet is None else _packet.default
 
 if _packet is not None:
 
-    @register_flop_formula(_packet)
+    @flop_formula(_packet)
     def _operations(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
         return 2 * x[0] * x[1] * weight[0]

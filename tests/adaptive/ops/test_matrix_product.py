@@ -46,6 +46,21 @@ def test_flop_counters_see_every_product(library: str) -> None:
     assert counter.get_total_flops() == 2 * 2 * 30 * 20 * 40
 
 
+def test_slices_of_wider_matrices_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    # oneDNN multiplies by a slice of columns without vector instructions: 3 s where MKL takes 3 ms.
+    monkeypatch.setattr(matrix_product, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(matrix_product, "_WORTH_COMPILING", 0)
+    seen = []
+    monkeypatch.setattr(matrix_product, "_onednn", lambda a, *_: seen.append(a))
+    wide = torch.randn(8, 16)
+    whole, slice_ = torch.randn(8, 8), wide[:, :8]
+    for a, b in [(slice_, whole), (whole, slice_), (slice_.t(), whole), (whole, slice_.t())]:
+        torch.testing.assert_close(product(a, b), a @ b)
+    assert not seen
+    product(whole, whole.t())
+    assert len(seen) == 1
+
+
 def test_rows_are_rounded_up_where_shapes_are_compiled(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
