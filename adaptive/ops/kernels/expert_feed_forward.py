@@ -19,9 +19,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.kernels.grouped_linear import grouped_rows
-from adaptive.ops.kernels.grouped_tiles import GELU, NO_ACTIVATION, SWIGLU
-from adaptive.ops.kernels.grouped_weight_gradient import grouped_weight_gradient
+from adaptive.ops.kernel_operators import (
+    GELU,
+    NO_ACTIVATION,
+    SWIGLU,
+    grouped_rows,
+    grouped_weight_gradient,
+)
 from adaptive.ops.kernels.launching import computing_dtype, next_power_of_2, on_device
 
 # mypy: disable-error-code="no-untyped-def"

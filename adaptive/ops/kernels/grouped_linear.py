@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
-from adaptive.ops.kernels.grouped_tiles import CONFIGS, NO_ACTIVATION, SWIGLU, fitting, rows_class
-from adaptive.ops.kernels.grouped_weight_gradient import grouped_weight_gradient
+from adaptive.ops.kernel_operators import NO_ACTIVATION, grouped_rows, grouped_weight_gradient
+from adaptive.ops.kernels.grouped_tiles import CONFIGS, fitting, rows_class
 from adaptive.ops.kernels.launching import (
     cdiv,
     computing_dtype,
@@ -128,105 +127,61 @@ def _rows(
     tl.store(out + to.to(tl.int64)[:, None] * out_width + o[None, :], total, mask=inside)
 
 
-@torch.library.custom_op("adaptive::grouped_rows", mutates_args=())
-def grouped_rows(
+def launch(
     a: Tensor,
     weight: Tensor,
     rows_E: Tensor,
     pairs_N: Tensor | None,
     scales: Tensor | None,
+    out: Tensor,
+    hidden: Tensor,
+    *,
     top_k: int,
     gather: bool,
-    places: int,
+    scatter: bool,
     activation: int,
     transposed: bool,
     keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    """`out[place(n)] = scale(n) * act(a[row(n)] @ weight[e]ᵀ)` for every row n of every expert e.
-
-    Args:
-        a: [rows, I]. With `gather`, row(n) = pairs[n] // top_k; else n.
-        weight: [E, O, I], or [E, I, O] when `transposed`. With SwiGLU the gate half comes first.
-        rows_E: int64 [E].
-        pairs_N: int64 [N]; None where neither `gather` nor `places` asks for it.
-        scales: float, indexed by pairs[n], or None.
-        places: rows of the output, row n at pairs[n], zeros where no pair lands; 0: n at n.
-        activation: 0 none, 1 SwiGLU, 2 exact GELU.
-        keep_hidden: also return what came before the activation, [N, O]; else an empty tensor.
-    """
+) -> None:
+    """`adaptive.ops.kernel_operators.grouped_rows`, into `out` and `hidden`."""
     a = contiguous_rows(a)
     rows = a.shape[0] if pairs_N is None else pairs_N.shape[0]
-    experts = weight.shape[0]
-    out_width, hidden_width = _widths(weight, activation, transposed)
-    out = a.new_empty(places or rows, out_width)
-    if places and places != rows:
+    experts, out_width = weight.shape[0], out.shape[1]
+    if out.shape[0] != rows:
         out.zero_()
-    hidden = a.new_empty(rows if keep_hidden else 0, hidden_width)
-    if rows and out_width:
-        strides = weight.transpose(1, 2).stride() if transposed else weight.stride()
+    if not (rows and out_width):
+        return
+    strides = weight.transpose(1, 2).stride() if transposed else weight.stride()
 
-        def grid(blocks: dict[str, Any]) -> tuple[int]:
-            row_blocks = rows // blocks["BLOCK_M"] + min(experts, rows)
-            return (cdiv(row_blocks, 8) * 8 * cdiv(out_width, blocks["BLOCK_N"]),)
+    def grid(blocks: dict[str, Any]) -> tuple[int]:
+        row_blocks = rows // blocks["BLOCK_M"] + min(experts, rows)
+        return (cdiv(row_blocks, 8) * 8 * cdiv(out_width, blocks["BLOCK_N"]),)
 
-        with on_device(a):
-            _rows[grid](
-                a,
-                weight,
-                rows_E,
-                pairs_N,
-                scales,
-                out,
-                hidden,
-                a.shape[1],
-                out_width,
-                a.stride(0),
-                *strides,
-                rows_class(rows, experts),
-                TOP_K=top_k,
-                EXPERTS=experts,
-                BLOCK_E=max(16, next_power_of_2(experts)),
-                GATHER=gather,
-                SCATTER=places > 0,
-                SCALED=scales is not None,
-                ACTIVATION=activation,
-                KEEP_HIDDEN=keep_hidden,
-                TRANSPOSED=transposed,
-                PRECISION=dot_precision(a.dtype),
-            )
-    return out, hidden
-
-
-def _widths(weight: Tensor, activation: int, transposed: bool) -> tuple[int, int]:
-    """(of the output, of the product)."""
-    hidden_width = weight.shape[2 if transposed else 1]
-    return (hidden_width // 2 if activation == SWIGLU else hidden_width), hidden_width
-
-
-@grouped_rows.register_fake
-def _(
-    a: Tensor,
-    weight: Tensor,
-    rows_E: Tensor,
-    pairs_N: Tensor | None,
-    scales: Tensor | None,
-    top_k: int,
-    gather: bool,
-    places: int,
-    activation: int,
-    transposed: bool,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = a.shape[0] if pairs_N is None else pairs_N.shape[0]
-    out_width, hidden_width = _widths(weight, activation, transposed)
-    hidden = a.new_empty(rows if keep_hidden else 0, hidden_width)
-    return a.new_empty(places or rows, out_width), hidden
-
-
-@register_flop_formula(torch.ops.adaptive.grouped_rows)
-def _operations(a_shape, weight_shape, rows_shape, pairs_shape, *_, **__) -> int:
-    rows = a_shape[0] if pairs_shape is None else pairs_shape[0]
-    return 2 * rows * weight_shape[1] * weight_shape[2]
+    with on_device(a):
+        _rows[grid](
+            a,
+            weight,
+            rows_E,
+            pairs_N,
+            scales,
+            out,
+            hidden,
+            a.shape[1],
+            out_width,
+            a.stride(0),
+            *strides,
+            rows_class(rows, experts),
+            TOP_K=top_k,
+            EXPERTS=experts,
+            BLOCK_E=max(16, next_power_of_2(experts)),
+            GATHER=gather,
+            SCATTER=scatter,
+            SCALED=scales is not None,
+            ACTIVATION=activation,
+            KEEP_HIDDEN=keep_hidden,
+            TRANSPOSED=transposed,
+            PRECISION=dot_precision(a.dtype),
+        )
 
 
 # Row n is loaded from n and stored to n.

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import triton
 
+from adaptive.ops.kernel_operators import SWIGLU
 from adaptive.ops.kernels.launching import INTERPRETED, next_power_of_2
-
-NO_ACTIVATION, SWIGLU, GELU = 0, 1, 2
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from adaptive.ops.kernels.grouped_tiles import CONFIGS, fitting, rows_class
 from adaptive.ops.kernels.launching import (
@@ -86,65 +84,47 @@ def _weight_gradient(
     tl.store(at, total, mask=(o < a_width)[:, None] & (i < b_width)[None, :])
 
 
-@torch.library.custom_op("adaptive::grouped_weight_gradient", mutates_args=())
-def grouped_weight_gradient(
+def launch(
     a: Tensor,
     b: Tensor,
     rows_E: Tensor,
     pairs_N: Tensor | None,
+    out: Tensor,
+    *,
     top_k: int,
     gather_a: bool,
     gather_b: bool,
-) -> Tensor:
-    """[E, A, B]: `Σ a[row(n)] ⊗ b[row(n)]` over the rows n of each expert, rows as above."""
+) -> None:
+    """`adaptive.ops.kernel_operators.grouped_weight_gradient`, into `out`."""
     a, b = contiguous_rows(a), contiguous_rows(b)
-    experts, a_width, b_width = rows_E.shape[0], a.shape[1], b.shape[1]
-    out = a.new_empty(experts, a_width, b_width)
+    experts, a_width, b_width = out.shape
     rows = pairs_N.shape[0] if pairs_N is not None else a.shape[0]
     if not rows:
-        return out.zero_()
-    if out.numel():
+        out.zero_()
+        return
+    if not out.numel():
+        return
 
-        def grid(blocks: dict[str, Any]) -> tuple[int, int]:
-            tiles = cdiv(a_width, blocks["BLOCK_M"]) * cdiv(b_width, blocks["BLOCK_N"])
-            return tiles, experts
+    def grid(blocks: dict[str, Any]) -> tuple[int, int]:
+        tiles = cdiv(a_width, blocks["BLOCK_M"]) * cdiv(b_width, blocks["BLOCK_N"])
+        return tiles, experts
 
-        with on_device(a):
-            _weight_gradient[grid](
-                a,
-                b,
-                rows_E,
-                pairs_N,
-                out,
-                a_width,
-                b_width,
-                a.stride(0),
-                b.stride(0),
-                rows_class(rows, experts),
-                TOP_K=top_k,
-                EXPERTS=experts,
-                BLOCK_E=max(16, next_power_of_2(experts)),
-                GATHER_A=gather_a,
-                GATHER_B=gather_b,
-                PRECISION=dot_precision(a.dtype),
-            )
-    return out
-
-
-@grouped_weight_gradient.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    rows_E: Tensor,
-    pairs_N: Tensor | None,
-    top_k: int,
-    gather_a: bool,
-    gather_b: bool,
-) -> Tensor:
-    return a.new_empty(rows_E.shape[0], a.shape[1], b.shape[1])
-
-
-@register_flop_formula(torch.ops.adaptive.grouped_weight_gradient)
-def _operations(a_shape, b_shape, rows_shape, pairs_shape, *_, **__) -> int:
-    rows = a_shape[0] if pairs_shape is None else pairs_shape[0]
-    return 2 * rows * a_shape[1] * b_shape[1]
+    with on_device(a):
+        _weight_gradient[grid](
+            a,
+            b,
+            rows_E,
+            pairs_N,
+            out,
+            a_width,
+            b_width,
+            a.stride(0),
+            b.stride(0),
+            rows_class(rows, experts),
+            TOP_K=top_k,
+            EXPERTS=experts,
+            BLOCK_E=max(16, next_power_of_2(experts)),
+            GATHER_A=gather_a,
+            GATHER_B=gather_b,
+            PRECISION=dot_precision(a.dtype),
+        )

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
+from adaptive.ops.kernel_operators import attention_backward, attention_forward
 from adaptive.ops.kernels.launching import (
     INTERPRETED,
     cdiv,
@@ -30,7 +30,6 @@ from adaptive.ops.kernels.launching import (
     on_device,
     tile_dot,
 )
-from adaptive.ops.kernels.varlen_attention_backward import attention_backward
 from adaptive.ops.kernels.varlen_visibility import Visibility, head_columns, visible_keys
 from adaptive.routing.layout import TokenLayout
 
@@ -174,87 +173,51 @@ def forward_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
-@torch.library.custom_op("adaptive::varlen_attention", mutates_args=())
-def attention_forward(
+def launch(
     q_QHh: Tensor,
     k_TGh: Tensor,
     v_TGh: Tensor,
+    out: Tensor,
+    lse_HQ: Tensor,
     q_starts: Tensor,
     k_starts: Tensor,
     q_positions: Tensor | None,
     k_positions: Tensor | None,
+    *,
     max_queries: int,
-    max_keys: int,
     causal: int,
-) -> tuple[Tensor, Tensor]:
-    """Output [Q, H, h] and log-sum-exp float32 [H, Q] (-inf where a query sees no key)."""
-    queries, heads, head_dim = q_QHh.shape
-    out = q_QHh.new_empty(queries, heads, head_dim)
-    lse_HQ = q_QHh.new_empty(heads, queries, dtype=torch.float32)
-    if out.numel():
-        q_QHh, k_TGh, v_TGh = (head_columns(x) for x in (q_QHh, k_TGh, v_TGh))
-        blocks = forward_blocks(head_dim, q_QHh.dtype)
-        grid = (cdiv(max_queries, blocks["BLOCK_M"]), heads, q_starts.shape[0] - 1)
-        with on_device(out):
-            _forward[grid](
-                q_QHh,
-                k_TGh,
-                v_TGh,
-                out,
-                lse_HQ,
-                q_starts,
-                k_starts,
-                q_positions,
-                k_positions,
-                *q_QHh.stride()[:2],
-                *k_TGh.stride()[:2],
-                *v_TGh.stride()[:2],
-                queries,
-                heads,
-                heads // k_TGh.shape[1],
-                1 / math.sqrt(head_dim),
-                CAUSAL=causal,
-                HEAD=head_dim,
-                BLOCK_H=max(16, triton.next_power_of_2(head_dim)),
-                PRECISION=dot_precision(q_QHh.dtype),
-                **blocks,
-            )
-    return out, lse_HQ
-
-
-@attention_forward.register_fake
-def _(
-    q_QHh: Tensor,
-    k_TGh: Tensor,
-    v_TGh: Tensor,
-    q_starts: Tensor,
-    k_starts: Tensor,
-    q_positions: Tensor | None,
-    k_positions: Tensor | None,
-    max_queries: int,
-    max_keys: int,
-    causal: int,
-) -> tuple[Tensor, Tensor]:
-    lse = q_QHh.new_empty(q_QHh.shape[1], q_QHh.shape[0], dtype=torch.float32)
-    return q_QHh.new_empty(q_QHh.shape), lse
-
-
-def _square(q_QHh: Tensor, q_starts: Tensor, k_starts: Tensor) -> int:
-    """Operations of one product, causal or not, as torch counts attention. Reads lengths back."""
-    pairs = (q_starts.diff().long() * k_starts.diff()).sum().item()
-    return 2 * int(pairs) * q_QHh.shape[1] * q_QHh.shape[2]
-
-
-@register_flop_formula(torch.ops.adaptive.varlen_attention, get_raw=True)
-def _forward_operations(q, k, v, q_starts, k_starts, *_, **__) -> int:
-    return 2 * _square(q, q_starts, k_starts)
-
-
-@register_flop_formula(torch.ops.adaptive.varlen_attention_backward, get_raw=True)
-def _backward_operations(
-    grad_out, grad_lse, q, k, v, out, lse, q_starts, k_starts, *_, **__
-) -> int:
-    return 5 * _square(q, q_starts, k_starts)
+) -> None:
+    """`adaptive.ops.kernel_operators.attention_forward`, into `out` and `lse`."""
+    if not out.numel():
+        return
+    queries, heads, head_dim = out.shape
+    q_QHh, k_TGh, v_TGh = (head_columns(x) for x in (q_QHh, k_TGh, v_TGh))
+    blocks = forward_blocks(head_dim, q_QHh.dtype)
+    grid = (cdiv(max_queries, blocks["BLOCK_M"]), heads, q_starts.shape[0] - 1)
+    with on_device(out):
+        _forward[grid](
+            q_QHh,
+            k_TGh,
+            v_TGh,
+            out,
+            lse_HQ,
+            q_starts,
+            k_starts,
+            q_positions,
+            k_positions,
+            *q_QHh.stride()[:2],
+            *k_TGh.stride()[:2],
+            *v_TGh.stride()[:2],
+            queries,
+            heads,
+            heads // k_TGh.shape[1],
+            1 / math.sqrt(head_dim),
+            CAUSAL=causal,
+            HEAD=head_dim,
+            BLOCK_H=max(16, triton.next_power_of_2(head_dim)),
+            PRECISION=dot_precision(q_QHh.dtype),
+            **blocks,
+        )
 
 
 class _Attention(torch.autograd.Function):

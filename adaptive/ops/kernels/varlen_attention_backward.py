@@ -308,8 +308,7 @@ def key_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
-@torch.library.custom_op("adaptive::varlen_attention_backward", mutates_args=())
-def attention_backward(
+def launch(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q_QHh: Tensor,
@@ -317,19 +316,20 @@ def attention_backward(
     v_TGh: Tensor,
     out: Tensor,
     lse_HQ: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
     q_starts: Tensor,
     k_starts: Tensor,
     q_positions: Tensor | None,
     k_positions: Tensor | None,
+    *,
     max_queries: int,
     max_keys: int,
     causal: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+) -> None:
+    """`adaptive.ops.kernel_operators.attention_backward`, into `grads` of q, k and v."""
     queries, heads, head_dim = q_QHh.shape
     keys, kv_heads, _ = k_TGh.shape
-    grad_q = q_QHh.new_empty(q_QHh.shape)
-    grad_k, grad_v = k_TGh.new_empty(k_TGh.shape), v_TGh.new_empty(v_TGh.shape)
+    grad_q, grad_k, grad_v = grads
     q_QHh, k_TGh, v_TGh, grad_out = (head_columns(x) for x in (q_QHh, k_TGh, v_TGh, grad_out))
     delta_HQ = torch.empty_like(lse_HQ)
     starts = (q_starts, k_starts, q_positions, k_positions)
@@ -358,24 +358,3 @@ def attention_backward(
                 q_QHh, k_TGh, v_TGh, grad_out, lse_HQ, delta_HQ, grad_k, grad_v,
                 *starts, *strides, queries, kv_heads, group, scale, **shapes, **blocks,
             )  # fmt: skip
-    return grad_q, grad_k, grad_v
-
-
-@attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q_QHh: Tensor,
-    k_TGh: Tensor,
-    v_TGh: Tensor,
-    out: Tensor,
-    lse_HQ: Tensor,
-    q_starts: Tensor,
-    k_starts: Tensor,
-    q_positions: Tensor | None,
-    k_positions: Tensor | None,
-    max_queries: int,
-    max_keys: int,
-    causal: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q_QHh.new_empty(q_QHh.shape), k_TGh.new_empty(k_TGh.shape), v_TGh.new_empty(v_TGh.shape)
