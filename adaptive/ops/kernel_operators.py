@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive.ops.flop_formulas import flop_formula
+from parallel.flop_formulas import flop_formula
 
 NO_ACTIVATION, SWIGLU, GELU = 0, 1, 2
 

@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import adaptive.ops  # noqa: F401
-from adaptive.ops.flop_formulas import flop_formula
+from parallel.flop_formulas import flop_formula
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 OPERATORS = (
     "grouped_rows",
     "grouped_weight_gradient",
@@ -23,7 +23,7 @@ OURS_FIRST = """
 import adaptive.ops  # noqa: F401
 assert "torch.utils.flop_counter" not in sys.modules and "triton" not in sys.modules
 from torch.utils.flop_counter import FlopCounterMode
-assert not [f for f in sys.meta_path if type(f).__module__ == "adaptive.ops.flop_formulas"]
+assert not [f for f in sys.meta_path if type(f).__module__ == "parallel.flop_formulas"]
 """
 
 
