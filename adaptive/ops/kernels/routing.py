@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaptive.ops.kernels.launching import cdiv, next_power_of_2, on_device
+from adaptive.ops.kernels.launching import INTERPRETED, cdiv, next_power_of_2, on_device
 
 # mypy: disable-error-code="no-untyped-def"
 
 MOST_UNITS = 512
 """A tile of 32 entries by this many units is the largest that the counting sort holds."""
+
+PROGRAMS = 2 if INTERPRETED else 128
+"""About one a multiprocessor; with more rows than that, short ones share a program."""
 
 
 @triton.jit
@@ -31,41 +34,49 @@ def _sortable(scores, at, mask):
     return tl.where(mask, key, 0).to(tl.uint32)
 
 
-@triton.jit
-def _highest(scores, out, width, row_stride, count, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    scores += row * row_stride
+@triton.jit(do_not_specialize=["rows"])
+def _highest(
+    scores, out, rows, width, row_stride, count, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    present = (r < rows)[:, None]
+    scores += r.to(tl.int64)[:, None] * row_stride
     # The count-th highest key, bit after bit: the largest t with at least `count` keys >= t.
-    threshold = tl.zeros((), tl.uint32)
+    threshold = tl.zeros((ROWS,), tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(0, 32):
         candidate = threshold | bit
-        reached = 0
-        for start in range(0, width, BLOCK):
-            s = start + tl.arange(0, BLOCK)
-            key = _sortable(scores, s, s < width)
-            reached += tl.sum(((key >= candidate) & (s < width)).to(tl.int32), 0)
+        reached = tl.zeros((ROWS,), tl.int32)
+        for start in range(0, width, COLUMNS):
+            s = start + tl.arange(0, COLUMNS)[None, :]
+            inside = present & (s < width)
+            key = _sortable(scores, s, inside)
+            reached += tl.sum(((key >= candidate[:, None]) & inside).to(tl.int32), 1)
         threshold = tl.where(reached >= count, candidate, threshold)
         bit = bit >> 1
-    above = 0
-    for start in range(0, width, BLOCK):
-        s = start + tl.arange(0, BLOCK)
-        key = _sortable(scores, s, s < width)
-        above += tl.sum(((key > threshold) & (s < width)).to(tl.int32), 0)
+    above = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, width, COLUMNS):
+        s = start + tl.arange(0, COLUMNS)[None, :]
+        inside = present & (s < width)
+        key = _sortable(scores, s, inside)
+        above += tl.sum(((key > threshold[:, None]) & inside).to(tl.int32), 1)
     # All above the threshold, and of those at it the first ones.
     wanted_ties = count - above
-    ties = 0
-    taken = 0
-    for start in range(0, width, BLOCK):
-        s = start + tl.arange(0, BLOCK)
-        key = _sortable(scores, s, s < width)
-        tie = ((key == threshold) & (s < width)).to(tl.int32)
-        tie_rank = ties + tl.cumsum(tie, 0)
-        take = ((key > threshold) & (s < width)) | ((tie > 0) & (tie_rank <= wanted_ties))
-        place = taken + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(out + row * count + place, s.to(tl.int64), mask=take)
-        ties += tl.sum(tie, 0)
-        taken += tl.sum(take.to(tl.int32), 0)
+    ties = tl.zeros((ROWS,), tl.int32)
+    taken = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, width, COLUMNS):
+        s = start + tl.arange(0, COLUMNS)[None, :]
+        inside = present & (s < width)
+        key = _sortable(scores, s, inside)
+        tie = ((key == threshold[:, None]) & inside).to(tl.int32)
+        tie_rank = ties[:, None] + tl.cumsum(tie, 1)
+        first_ties = (tie > 0) & (tie_rank <= wanted_ties[:, None])
+        take = ((key > threshold[:, None]) & inside) | first_ties
+        place = taken[:, None] + tl.cumsum(take.to(tl.int32), 1) - 1
+        column = tl.broadcast_to(s, take.shape).to(tl.int64)
+        tl.store(out + r.to(tl.int64)[:, None] * count + place, column, mask=take)
+        ties += tl.sum(tie, 1)
+        taken += tl.sum(take.to(tl.int32), 1)
 
 
 @triton.jit
@@ -102,10 +113,19 @@ def highest_columns(scores_BS: Tensor, count: int) -> Tensor:
     rows, width = scores_BS.shape
     out_BK = torch.empty(rows, count, dtype=torch.int64, device=scores_BS.device)
     if out_BK.numel():
-        block = min(next_power_of_2(width), 4096)
+        columns = max(16, min(next_power_of_2(width), 4096))
+        block = min(4096 // columns, next_power_of_2(cdiv(rows, PROGRAMS)))
         with on_device(out_BK):
-            _highest[(rows,)](
-                scores_BS, out_BK, width, scores_BS.stride(0), count, BLOCK=block, num_warps=8
+            _highest[(cdiv(rows, block),)](
+                scores_BS,
+                out_BK,
+                rows,
+                width,
+                scores_BS.stride(0),
+                count,
+                ROWS=block,
+                COLUMNS=columns,
+                num_warps=8,
             )
     return out_BK
 

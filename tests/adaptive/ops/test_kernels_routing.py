@@ -45,6 +45,14 @@ def test_rows_longer_than_a_block_and_strided_rows() -> None:
     assert got.tolist() == [sorted_columns(row, 600) for row in scores.tolist()]
 
 
+@pytest.mark.parametrize(("rows", "width"), [(300, 5), (131, 70), (5, 1025)])
+def test_many_rows_share_a_program(rows: int, width: int) -> None:
+    scores = torch.randint(0, 9, (rows, width), generator=torch.Generator().manual_seed(rows))
+    table = scores.float().to(DEVICE)
+    got = routing.highest_columns(table, width // 3)
+    assert got.tolist() == [sorted_columns(row, width // 3) for row in scores.tolist()]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_scores_are_compared_as_they_are(dtype) -> None:
     scores = torch.randn(2, 33, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
