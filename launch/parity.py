@@ -22,9 +22,9 @@ from parallel.mesh import Mesh
 from parallel.parity import Batch, PlainTrainer, Settings, Share, check_parity
 
 _EPILOG = """\
-A mesh is written as its axes: tensor=2,sequence_parallel=true or data=2,expert=2. `data` is what is
-needed for the other axes unless given. Exit code: 0 if every mesh agrees, 1 if one does not, 2 for
-bad input.
+A mesh is written as its axes: tensor=2,sequence_parallel=true or context=2,context_attention=ring.
+`data` is what is needed for the other axes unless given. Exit code: 0 if every mesh agrees, 1 if
+one does not, 2 for bad input.
 
 A model of your own: --subject module:function, where function() returns an object with the methods
 of parallel.parity.Subject (build, batch, tokens, losses).
@@ -114,23 +114,25 @@ def main(arguments: list[str] | None = None) -> None:
     raise SystemExit(0 if all(report.ok for report in reports) else 1)
 
 
-def parse_mesh(text: str) -> dict[str, int | bool]:
+def parse_mesh(text: str) -> dict[str, Any]:
     """`tensor=2,sequence_parallel=true` as arguments of `Mesh.create`.
 
     Raises:
         BadInput: an unknown axis or a value that is none.
     """
-    mesh: dict[str, int | bool] = {}
+    mesh: dict[str, Any] = {}
     for word in text.split(","):
         name, _, value = word.partition("=")
         if name == "sequence_parallel" and value in ("true", "false"):
             mesh[name] = value == "true"
+        elif name == "context_attention" and value in ("ulysses", "ring"):
+            mesh[name] = value
         elif name in ("data", "tensor", "context", "expert") and value.isdecimal():
             mesh[name] = int(value)
         else:
             raise BadInput(
                 f"mesh {text!r}: {word!r} must be data, tensor, context or expert=NUMBER, "
-                "or sequence_parallel=true"
+                "sequence_parallel=true or context_attention=ring"
             )
     return mesh
 

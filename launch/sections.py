@@ -86,6 +86,8 @@ class ParallelConfig:
         context: ranks that split every sequence.
         expert: ranks that split the experts.
         sequence_parallel: also split the tokens between the tensor ranks.
+        context_attention: how attention sees split sequences: "ulysses" (heads are split
+            meanwhile, and must divide) or "ring" (queries or keys travel round the ranks).
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
@@ -94,6 +96,7 @@ class ParallelConfig:
     context: int = 1
     expert: int = 1
     sequence_parallel: bool = False
+    context_attention: Literal["ulysses", "ring"] = "ulysses"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "tensor", "context", "expert")

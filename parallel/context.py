@@ -117,10 +117,11 @@ def _overlaps(mine: tuple[int, ...], theirs: tuple[int, ...], rank: int) -> tupl
 
 
 def check_heads(heads: int, mesh: Mesh) -> None:
-    """Raise ValueError, naming valid context degrees, unless the context degree divides."""
-    if heads % mesh.context:
+    """Raise ValueError, naming valid context degrees, unless the context degree divides, or
+    attention goes round a ring."""
+    if heads % mesh.context and not mesh.ring:
         fits = [str(n) for n in range(1, heads + 1) if heads % n == 0 and mesh.world % n == 0]
         raise ValueError(
             f"context={mesh.context}: must divide the {heads} heads of a tensor rank; "
-            f"may be {', '.join(fits)}"
+            f"may be {', '.join(fits)}, or any with context_attention=ring"
         )

@@ -10,6 +10,10 @@ c share of tokens that a routed layer computes (1: dense), `size` bytes of a num
 
 from __future__ import annotations
 
+import math
+
+from parallel.mesh import Mesh
+
 
 def tensor_bytes(
     tokens: int, dim: int, ranks: int, *, share: float = 1.0, splits: int = 2, size: int = 4
@@ -34,8 +38,8 @@ def replicated_bytes(numbers: int, ranks: int, *, size: int = 4) -> float:
 
 def ulysses_bytes(
     tokens: int,
-    heads: int,
-    kv_heads: int,
+    heads: float,
+    kv_heads: float,
     head_dim: int,
     ranks: int,
     *,
@@ -52,23 +56,43 @@ def ulysses_bytes(
 
 def ring_bytes(
     tokens: int,
-    heads: int,
-    kv_heads: int,
+    heads: float,
+    kv_heads: float,
     head_dim: int,
     ranks: int,
     *,
     scheme: str = "queries",
+    share: float = 1.0,
     size: int = 4,
 ) -> float:
     """Ring attention. "keys": keys and values, and their gradients, travel. "queries": queries,
     output gradients and two numbers a row travel on; outputs, one number a row and query
     gradients go back."""
-    own = tokens / ranks
+    own = share * tokens / ranks
     if scheme == "keys":
         both = 2 * own * kv_heads * head_dim * size
         return (ranks - 1) * 2 * both + ranks * both
     rows, scalars = own * heads * head_dim * size, own * heads * size
     return (ranks - 1) * (5 * rows + 3 * scalars)
+
+
+def context_bytes(
+    mesh: Mesh,
+    tokens: int,
+    heads: float,
+    kv_heads: float,
+    head_dim: int,
+    *,
+    share: float = 1.0,
+    size: int = 4,
+) -> float:
+    """Attention over the context ranks of a mesh: Ulysses, or the ring that sends less."""
+    sizes = (tokens, heads, kv_heads, head_dim, mesh.context)
+    if not mesh.ring:
+        repeated = kv_heads * mesh.context / math.gcd(round(kv_heads), mesh.context)
+        return ulysses_bytes(tokens, heads, repeated, *sizes[3:], share=share, size=size)
+    schemes = ("queries", "keys")
+    return min(ring_bytes(*sizes, scheme=s, share=share, size=size) for s in schemes)
 
 
 def expert_bytes(tokens: int, dim: int, ranks: int, *, top_k: int, size: int = 4) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
+
+ContextAttention = Literal["ulysses", "ring"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Mesh:
     A group is None when its axis has size 1, and a collective over it is then the identity.
 
     Attributes:
+        context_attention: how attention sees sequences that lie over context ranks: "ulysses"
+            (all tokens and some heads, `parallel.context`) or "ring" (own tokens and all heads,
+            `parallel.ring`).
         expert_data_group: ranks that hold the same experts (and the same slice of them).
         batch_group: data x context ranks: those that hold the same slice of the dense weights,
             and whose gradients are averaged.
@@ -34,6 +39,7 @@ class Mesh:
     context: int = 1
     expert: int = 1
     sequence_parallel: bool = False
+    context_attention: ContextAttention = "ulysses"
     data_rank: int = 0
     tensor_rank: int = 0
     context_rank: int = 0
@@ -59,6 +65,7 @@ class Mesh:
         expert: int = 1,
         sequence_parallel: bool = False,
         *,
+        context_attention: ContextAttention = "ulysses",
         data: int | None = None,
     ) -> Mesh:
         """Split the world, whose process group must exist. A collective: every rank calls it.
@@ -70,6 +77,7 @@ class Mesh:
         Args:
             tensor, context, expert: ranks of each axis.
             sequence_parallel: Megatron's; without an effect when `tensor` is 1.
+            context_attention: "ulysses" or "ring"; without an effect when `context` is 1.
             data: asserted when given, since the world decides it.
 
         Raises:
@@ -77,6 +85,7 @@ class Mesh:
         """
         world, rank = dist.get_world_size(), dist.get_rank()
         data = data_degree(world, tensor=tensor, context=context, expert=expert, data=data)
+        check_context_attention(context_attention)
         if sequence_parallel and tensor > 1 and context > 1:
             raise ValueError(
                 f"sequence_parallel=True: must be False with context={context}, which already "
@@ -103,6 +112,7 @@ class Mesh:
             context=context,
             expert=expert,
             sequence_parallel=sequence_parallel,
+            context_attention=context_attention,
             data_rank=dist.get_rank(groups.data),
             tensor_rank=dist.get_rank(groups.tensor),
             context_rank=dist.get_rank(groups.context),
@@ -145,6 +155,11 @@ class Mesh:
     @property
     def shard_rank(self) -> int:
         return self.tensor_rank if self.sequence_parallel else self.context_rank
+
+    @property
+    def ring(self) -> bool:
+        """Whether attention over context ranks goes round a ring."""
+        return self.context > 1 and self.context_attention == "ring"
 
     @property
     def expert_data(self) -> int:
@@ -196,6 +211,12 @@ class ModelParallelUnit:
 
     def get_pipeline_model_parallel_world_size(self) -> int:
         return 1
+
+
+def check_context_attention(name: str) -> None:
+    """Raise ValueError unless it is a way of context parallelism."""
+    if name not in get_args(ContextAttention):
+        raise ValueError(f"context_attention={name!r}: must be ulysses or ring")
 
 
 def data_degree(

@@ -209,7 +209,7 @@ def _one_step(
 
 def check_parity(
     subject: Subject | str,
-    meshes: Sequence[Mapping[str, int | bool]],
+    meshes: Sequence[Mapping[str, Any]],
     settings: Settings | None = None,
     *,
     tolerance: float = 1e-5,
@@ -253,7 +253,7 @@ def check_parity(
 
 def _check_imported(
     subject: Subject | str,
-    meshes: Sequence[Mapping[str, int | bool]],
+    meshes: Sequence[Mapping[str, Any]],
     settings: Settings | None,
     **options: Any,
 ) -> list[Report]:
@@ -274,17 +274,20 @@ def _imported(name: str) -> Subject:
         sys.path.pop(0)
 
 
-def _completed(mesh: Mapping[str, int | bool]) -> dict[str, int | bool]:
+def _completed(mesh: Mapping[str, Any]) -> dict[str, Any]:
     """With every axis; `data` as small as the experts allow where it is not given."""
     axes = {name: int(mesh.get(name, 1)) for name in ("tensor", "context", "expert")}
     data = int(mesh.get("data", -(-axes["expert"] // max(axes["context"], 1))))
     data_degree(data * axes["tensor"] * axes["context"], **axes)
-    return {**axes, "data": data, "sequence_parallel": bool(mesh.get("sequence_parallel"))}
+    rest: dict[str, Any] = {"sequence_parallel": bool(mesh.get("sequence_parallel"))}
+    if "context_attention" in mesh:
+        rest["context_attention"] = mesh["context_attention"]
+    return {**axes, "data": data, **rest}
 
 
 def check_on_ranks(
     subject: Subject,
-    meshes: Sequence[Mapping[str, int | bool]],
+    meshes: Sequence[Mapping[str, Any]],
     settings: Settings | None = None,
     *,
     tolerance: float = 1e-5,
@@ -310,7 +313,7 @@ def check_on_ranks(
     reference = train(subject, Mesh.single(), whole_batch) if first else None
     reports = []
     for degrees in meshes:
-        mesh = Mesh.create(**degrees)  # type: ignore[arg-type]
+        mesh = Mesh.create(**degrees)
         trace = train(subject, mesh, settings, make_trainer, fault=fault)
         if reference is not None:
             reports.append(compare(reference, trace, mesh=describe(mesh), tolerance=tolerance))
@@ -323,4 +326,5 @@ def describe(mesh: Mesh) -> str:
     axes.append(("expert", mesh.expert))
     words = [f"{name}={size}" for name, size in axes if size > 1]
     words += ["sequence_parallel=true"] if mesh.sequence_parallel else []
+    words += ["context_attention=ring"] if mesh.ring else []
     return ",".join(words) or "data=1"

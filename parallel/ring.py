@@ -14,6 +14,7 @@ and balanced variants (arXiv 2311.09431).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.cost import ring_bytes
 from parallel.ring_blocks import Pair, RingLayout, attend, attend_backward, merge, zigzag_rows
 
-__all__ = ["RingLayout", "Scheme", "ring_attention", "zigzag_rows"]
+__all__ = ["RingLayout", "Scheme", "cheaper_scheme", "ring_attention", "zigzag_rows"]
 
 Scheme = Literal["queries", "keys"]
 
@@ -56,6 +58,12 @@ def ring_attention(
         raise ValueError(f"scheme={scheme!r}: must be queries or keys")
     function = _QueriesTravel if scheme == "queries" else _KeysTravel
     return function.apply(q_tHh, k_sGh, v_sGh, layout, layout if keys is None else keys)
+
+
+def cheaper_scheme(heads: float, kv_heads: float, head_dim: int, ranks: int) -> Scheme:
+    """The scheme that sends fewer bytes: with few key-value heads, keys travel."""
+    bytes_sent = partial(ring_bytes, ranks, heads, kv_heads, head_dim, ranks)
+    return "keys" if bytes_sent(scheme="keys") < bytes_sent(scheme="queries") else "queries"
 
 
 class _QueriesTravel(torch.autograd.Function):

@@ -285,4 +285,4 @@ def _bounds(positions_T: Tensor, sequences_T: Tensor, sizes: tuple[int, ...]) ->
                 extremes += values.aminmax()
         start += size
     known = iter(torch.stack(extremes).tolist() if extremes else [])
-    return [[(a, b, *(next(known) for _ in range(4))) for a, b in own] for own in halves]  # type: ignore[misc]
+    return [[(a, b, *(next(known) for _ in range(4))) for a, b in own] for own in halves]

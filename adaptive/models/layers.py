@@ -22,6 +22,7 @@ from adaptive.routing.layout import TokenLayout
 from adaptive.routing.selection import Selection
 from parallel.context import check_heads, heads_to_tokens, repeat_heads, tokens_to_heads
 from parallel.mesh import Mesh
+from parallel.ring import cheaper_scheme, ring_attention
 from parallel.tensor import (
     check_divides,
     column_linear,
@@ -203,30 +204,66 @@ class Attention(nn.Module):
         k_TGh, v_TGh = (x.unflatten(-1, (self.kv_heads, self.head_dim)) for x in (k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q_RHh, k_TGh = self.query_norm(q_RHh), self.key_norm(k_TGh)
-        # Context ranks: from own tokens and all heads to all tokens and own heads.
+        if self.mesh.ring:
+            if cache is not None:
+                raise ValueError(
+                    "context_attention=ring: cannot generate with a cache; use ulysses, or one rank"
+                )
+            attended_RHh = self._attend_ring(q_RHh, k_TGh, v_TGh, layout, keys)
+        else:
+            same = context is None
+            attended_RHh = self._attend(q_RHh, k_TGh, v_TGh, layout, None if same else keys, cache)
+        update_RD = self.output(attended_RHh.flatten(-2))
+        return leave_tensor_region(update_RD, self.mesh, shard_sizes=layout.shard_sizes)
+
+    def _attend(
+        self,
+        q_RHh: Tensor,
+        k_TGh: Tensor,
+        v_TGh: Tensor,
+        layout: TokenLayout,
+        keys: TokenLayout | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """By whole sequences; context ranks meanwhile hold all tokens and their own heads."""
         k_TGh, v_TGh = repeat_heads(k_TGh, self.mesh), repeat_heads(v_TGh, self.mesh)
-        if context is None:
+        if keys is None:
             q_RHh, k_TGh, v_TGh = tokens_to_heads(
                 [q_RHh, k_TGh, v_TGh], self.mesh, shard_sizes=layout.shard_sizes
             )
         else:
             (q_RHh,) = tokens_to_heads([q_RHh], self.mesh, shard_sizes=layout.shard_sizes)
             k_TGh, v_TGh = tokens_to_heads([k_TGh, v_TGh], self.mesh, shard_sizes=keys.shard_sizes)
-        if self.rotary_dim:
-            tables = rotary_tables(layout.positions, self.rotary_dim, base=self.rope_base)
-            q_RHh = apply_rotary(q_RHh, tables)
-            if context is not None:
-                tables = rotary_tables(keys.positions, self.rotary_dim, base=self.rope_base)
-            k_TGh = apply_rotary(k_TGh, tables)
-        if cache is not None:
-            k_TGh, v_TGh, keys = cache.extend(k_TGh, v_TGh, keys)
-        same = context is None and cache is None
-        attended_RHh = varlen_attention(
-            q_RHh, k_TGh, v_TGh, queries=layout, keys=None if same else keys, causal=True
+        q_RHh, k_TGh = self._rotate(
+            q_RHh, k_TGh, layout.positions, None if keys is None else keys.positions
         )
-        attended_RHh = heads_to_tokens(attended_RHh, self.mesh, shard_sizes=layout.shard_sizes)
-        update_RD = self.output(attended_RHh.flatten(-2))
-        return leave_tensor_region(update_RD, self.mesh, shard_sizes=layout.shard_sizes)
+        if cache is not None:
+            k_TGh, v_TGh, keys = cache.extend(k_TGh, v_TGh, layout if keys is None else keys)
+        attended_RHh = varlen_attention(q_RHh, k_TGh, v_TGh, queries=layout, keys=keys, causal=True)
+        return heads_to_tokens(attended_RHh, self.mesh, shard_sizes=layout.shard_sizes)
+
+    def _attend_ring(
+        self, q_RHh: Tensor, k_TGh: Tensor, v_TGh: Tensor, layout: TokenLayout, keys: TokenLayout
+    ) -> Tensor:
+        """Tokens stay on their context ranks; queries or keys travel round the ring."""
+        mesh, own, others = self.mesh, layout.ring(self.mesh), keys.ring(self.mesh)
+        rank = mesh.context_rank
+        positions = None if keys is layout else others.positions[rank]
+        q_RHh, k_TGh = self._rotate(q_RHh, k_TGh, own.positions[rank], positions)
+        scheme = cheaper_scheme(self.heads, self.kv_heads, self.head_dim, mesh.context)
+        return ring_attention(q_RHh, k_TGh, v_TGh, own, keys=others, scheme=scheme)
+
+    def _rotate(
+        self, q_RHh: Tensor, k_TGh: Tensor, positions_R: Tensor, positions_T: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their positions; None: keys are at those of the queries."""
+        if not self.rotary_dim:
+            return q_RHh, k_TGh
+        tables = rotary_tables(positions_R, self.rotary_dim, base=self.rope_base)
+        q_RHh = apply_rotary(q_RHh, tables)
+        if positions_T is not None:
+            tables = rotary_tables(positions_T, self.rotary_dim, base=self.rope_base)
+        return q_RHh, apply_rotary(k_TGh, tables)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """Projections of the queries, and of the keys and values of the source; attention."""

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parallel.mesh import Mesh
+from parallel.ring_blocks import RingLayout
+from parallel.sequence import even_shards
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -49,6 +53,19 @@ class TokenLayout:
         lengths = self.cu_seqlens.diff().long()
         index = torch.arange(self.batch_size, device=lengths.device)
         return torch.repeat_interleave(index, lengths, output_size=self.tokens)
+
+    def ring(self, mesh: Mesh) -> RingLayout:
+        """Who holds which tokens over the context ranks, for ring attention.
+
+        Synchronises with the host at the first call; all layers of a forward share what it made.
+        """
+        made = self.__dict__.get("_ring")
+        if made is None:
+            assert mesh.context_group is not None
+            sizes = self.shard_sizes or even_shards(self.tokens, mesh.context)
+            made = RingLayout.of(self.positions, self.sequence_ids, sizes, mesh.context_group)
+            object.__setattr__(self, "_ring", made)
+        return made
 
     @staticmethod
     def dense(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,9 +128,9 @@ def test_chosen_tokens_of_one_rank_are_computed_evenly_by_all() -> None:
     assert sum(sent for _, sent in by_rank) == 2 * dense_bytes // 4 + 2 * moved
 
 
-def _refused(degrees: dict[str, int | bool], heads: int) -> str:
+def _refused(degrees: dict[str, Any], heads: int) -> str:
     try:
-        mesh = Mesh.create(**degrees)  # type: ignore[arg-type]
+        mesh = Mesh.create(**degrees)
         Attention(12, heads, mesh=mesh)
     except ValueError as error:
         return str(error)
@@ -138,7 +140,17 @@ def _refused(degrees: dict[str, int | bool], heads: int) -> str:
 @pytest.mark.parametrize(
     ("degrees", "heads", "message"),
     [
-        ({"context": 2}, 3, "context=2: must divide the 3 heads of a tensor rank; may be 1"),
+        (
+            {"context": 2},
+            3,
+            "context=2: must divide the 3 heads of a tensor rank; may be 1, or any with "
+            "context_attention=ring",
+        ),
+        (
+            {"context": 2, "context_attention": "star"},
+            4,
+            "context_attention='star': must be ulysses or ring",
+        ),
         ({"tensor": 2}, 3, "num_heads=3: must be a multiple of tensor=2; tensor may be 1"),
         (
             {"tensor": 2, "context": 2, "sequence_parallel": True},
@@ -148,7 +160,14 @@ def _refused(degrees: dict[str, int | bool], heads: int) -> str:
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
-    degrees: dict[str, int | bool], heads: int, message: str
+    degrees: dict[str, Any], heads: int, message: str
 ) -> None:
     ranks = int(degrees.get("tensor", 1)) * int(degrees.get("context", 1))
     assert run_ranks(_refused, ranks, degrees, heads) == [message] * ranks
+
+
+def test_generation_round_a_ring_is_refused_in_one_line() -> None:
+    attention = Attention(16, 2, mesh=Mesh(context=2, context_attention="ring"))
+    cache: Any = object()
+    with pytest.raises(ValueError, match=r"^context_attention=ring: cannot generate with a cache"):
+        attention(torch.randn(4, 16), layout=TokenLayout.dense(1, 4), cache=cache)

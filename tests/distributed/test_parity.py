@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,8 @@ from parallel.parity import Report, Settings, check_on_ranks
 from tests.distributed.subjects import FAMILIES
 from tests.ranks import run_ranks
 
-Degrees = dict[str, int | bool]
+Degrees = dict[str, Any]
+RING = {"context_attention": "ring"}
 
 # Every axis alone, and all that go together.
 MESHES: list[tuple[int, Degrees, int]] = [
@@ -19,6 +21,7 @@ MESHES: list[tuple[int, Degrees, int]] = [
     (2, {"tensor": 2, "sequence_parallel": True}, 1),
     (4, {"tensor": 2, "expert": 2, "sequence_parallel": True}, 2),
     (4, {"tensor": 2, "context": 2}, 1),
+    (2, {"context": 2, **RING}, 1),
 ]
 # The rest of what four ranks allow.
 FURTHER: list[tuple[int, Degrees, int]] = [
@@ -33,12 +36,17 @@ FURTHER: list[tuple[int, Degrees, int]] = [
     (2, {"context": 2}, 1),
     (4, {"context": 2, "expert": 4}, 2),
     (4, {"context": 4}, 1),
+    (4, {"context": 4, **RING}, 1),
+    (4, {"tensor": 2, "context": 2, **RING}, 1),
+    (4, {"context": 2, "expert": 4, **RING}, 2),
 ]
 
 
 def check(family: str, degrees: Degrees, micro_batches: int = 1) -> Report:
     """On each rank."""
-    subject = replace(FAMILIES[family], rows=8)
+    # A ring has something to do where sequences do not end with a rank's share.
+    ring = "context_attention" in degrees and micro_batches == 1
+    subject = replace(FAMILIES[family], rows=5 if ring else 8)
     reports = check_on_ranks(subject, [degrees], Settings(micro_batches=micro_batches))
     return reports[0] if reports else Report("", 0, [])
 
@@ -61,4 +69,22 @@ def test_every_other_mesh_of_four_ranks_agrees_with_one_rank(
     if degrees.get("tensor") == 4 and FAMILIES[family].config.kv_heads < 4:
         pytest.skip("two key-value heads do not divide by four")
     report = run_ranks(check, ranks, family, degrees, micro_batches, timeout=120)[0]
+    assert report.ok, report.table()
+
+
+@pytest.mark.parametrize("family", ["documents", "mixture_of_depths", "skip_layer"])
+def test_ring_of_four_ranks_agrees_with_one_rank(family: str) -> None:
+    test_mesh_agrees_with_one_rank(family, 4, {"context": 4, **RING}, 1)
+
+
+def check_three_heads() -> Report:
+    config = replace(FAMILIES["mixture_of_depths"].config, dim=48, num_heads=3, num_kv_heads=3)
+    subject = replace(FAMILIES["mixture_of_depths"], config=config, rows=5)
+    reports = check_on_ranks(subject, [{"context": 2, **RING}])
+    return reports[0] if reports else Report("", 0, [])
+
+
+def test_ring_of_two_ranks_takes_three_heads() -> None:
+    """Which Ulysses refuses: test_context_parallel.py."""
+    report = run_ranks(check_three_heads, 2)[0]
     assert report.ok, report.table()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
-from parallel.ring import RingLayout, Scheme, ring_attention, zigzag_rows
+from parallel import ring_blocks
+from parallel.ring import RingLayout, Scheme, cheaper_scheme, ring_attention, zigzag_rows
 from parallel.traffic import Traffic
 from tests.ranks import run_ranks
 
@@ -120,3 +121,30 @@ def test_zigzag_gives_every_rank_the_same_pairs() -> None:
     assert max(contiguous) > 1.5 * min(contiguous)
     # Together little more than the causal half of all pairs.
     assert sum(zigzag) < 0.6 * 64 * 64
+
+
+def test_few_key_value_heads_travel_themselves() -> None:
+    assert cheaper_scheme(8, 8, 64, 4) == "queries"
+    assert cheaper_scheme(8, 1, 64, 4) == "keys"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 0.0])
+def test_fused_and_plain_blocks_agree(size: float, masked: bool) -> None:
+    """Whatever the size of the gradients, from which the fused one makes up its output."""
+    draw = torch.Generator().manual_seed(1)
+    q, grad = (torch.randn(9, 4, 8, generator=draw) for _ in range(2))
+    k, v = (torch.randn(7, 2, 8, generator=draw) for _ in range(2))
+    seen = torch.rand(9, 7, generator=draw) > 0.4 if masked else None
+    if seen is not None:
+        seen[3] = False  # a query without any key
+    plain, lse = ring_blocks._attend_plain(q, k, v, seen)
+    fused, fused_lse = ring_blocks._attend_fused(q, k, v, seen)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(fused_lse, lse)
+    lse, grad = lse.clamp(min=ring_blocks.LOWEST), grad * size
+    delta = (plain * grad).sum(-1)
+    expected = ring_blocks._backward_plain(q, grad, lse, delta, k, v, seen)
+    found = ring_blocks._backward_fused(q, grad, lse, delta, k, v, seen)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * size)
