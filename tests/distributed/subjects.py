@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,13 +14,15 @@ from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
-from adaptive.models import Decoder, DecoderConfig
+from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTransformer
+from adaptive.models.flow_matching import Draws, draw, flow_matching_loss
 from adaptive.routing.gumbel import GumbelSchedule
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import RoutingTape
 from parallel.mesh import Mesh
 from parallel.parity import Batch, Share
+from parallel.tensor import is_split
 
 TINY = DecoderConfig(
     vocab_size=64, dim=32, num_layers=2, num_heads=4, num_kv_heads=4, ffn_dim=64, init_std=0.2
@@ -114,6 +116,66 @@ FAMILIES = {
         replace(TINY, adaptive_computation=AdaptiveComputationConfig(schedule=QUIET))
     ),
 }
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """SPRINT's diffusion transformer, nothing left at zero, on random images, kept tokens and
+    drops."""
+
+    rows: int = 8
+
+    def build(self, mesh: Mesh) -> DiffusionTransformer:
+        config = DiffusionConfig(
+            image_size=8,
+            channels=2,
+            patch_size=2,
+            num_classes=5,
+            dim=32,
+            num_heads=4,
+            encoder_depth=1,
+            middle_depth=1,
+            decoder_depth=1,
+            mask_token="learnt",
+        )
+        model, whole = (DiffusionTransformer(config, mesh=m) for m in (mesh, Mesh.single()))
+        draw_ = torch.Generator().manual_seed(2)
+        for own, full in zip(model.parameters(), whole.parameters(), strict=True):
+            value = torch.randn(full.shape, generator=draw_) * 0.1
+            if is_split(own):
+                value = value.chunk(mesh.tensor, own.partition_dim)[mesh.tensor_rank]  # type: ignore[attr-defined]
+            own.data.copy_(value)
+        return model
+
+    def batch(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(self.rows, 2, 8, 8, generator=generator)
+        config = self.build(Mesh.single()).config
+        draws = draw(torch.arange(self.rows) % 5, config, generator=generator)
+        return {"images": images, **draws._asdict()}
+
+    def tokens(self, step: int) -> int:
+        return self.rows
+
+    def losses(
+        self, model: nn.Module, micro_batches: Sequence[Batch], share: Share
+    ) -> Iterator[Tensor]:
+        assert isinstance(model, DiffusionTransformer)
+        for batch in micro_batches:
+            draws = Draws(*(batch[name] for name in Draws._fields))
+            loss = flow_matching_loss(model, batch["images"], draws).sum()
+            yield loss * share.mesh.replicas * share.micro_batches / share.tokens
+
+
+SUBJECTS: dict[str, LanguageModel | FlowMatching] = {**FAMILIES, "sprint": FlowMatching()}
+
+
+def splits_on(subject: str, degrees: Mapping[str, object]) -> bool:
+    """Whether the subject's model can be split that way."""
+    if subject in FAMILIES:
+        return degrees.get("tensor") != 4 or FAMILIES[subject].config.kv_heads % 4 == 0
+    # A diffusion transformer splits the batch and its weights.
+    return set(degrees) <= {"tensor"}
 
 
 def mixture_of_depths() -> LanguageModel:

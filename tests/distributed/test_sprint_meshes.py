@@ -1,79 +1,22 @@
-"""SPRINT on meshes: data, tensor and sequence parallelism agree with one rank."""
+"""SPRINT's fusion around layers of text, under sequence parallelism, agrees with one rank.
+
+The diffusion transformer is a subject of test_parity.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from adaptive import SparseDenseFusion, TokenLayout
-from adaptive.models import DiffusionConfig, DiffusionTransformer
-from adaptive.models.flow_matching import Draws, draw, flow_matching_loss
 from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from parallel.gradients import whole as whole_parameter
 from parallel.mesh import Mesh
-from parallel.parity import Settings, check_on_ranks
 from parallel.sequence import all_gather_rows
-from parallel.tensor import is_split
 from tests.ranks import run_ranks
-
-
-@dataclasses.dataclass(frozen=True)
-class FlowMatching:
-    """A small network with nothing left at zero, on random images, kept tokens and drops."""
-
-    rows: int = 8
-
-    def build(self, mesh: Mesh) -> DiffusionTransformer:
-        config = DiffusionConfig(
-            image_size=8,
-            channels=2,
-            patch_size=2,
-            num_classes=5,
-            dim=32,
-            num_heads=4,
-            encoder_depth=1,
-            middle_depth=1,
-            decoder_depth=1,
-            mask_token="learnt",
-        )
-        model, whole = (DiffusionTransformer(config, mesh=m) for m in (mesh, Mesh.single()))
-        draw_ = torch.Generator().manual_seed(2)
-        for own, full in zip(model.parameters(), whole.parameters(), strict=True):
-            value = torch.randn(full.shape, generator=draw_) * 0.1
-            if is_split(own):
-                value = value.chunk(mesh.tensor, own.partition_dim)[mesh.tensor_rank]  # type: ignore[attr-defined]
-            own.data.copy_(value)
-        return model
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(step)
-        images = torch.randn(self.rows, 2, 8, 8, generator=generator)
-        config = self.build(Mesh.single()).config
-        draws = draw(torch.arange(self.rows) % 5, config, generator=generator)
-        return {"images": images, **draws._asdict()}
-
-    def tokens(self, step: int) -> int:
-        return self.rows
-
-    def losses(self, model: Any, micro_batches: Any, share: Any) -> Any:
-        for batch in micro_batches:
-            draws = Draws(*(batch[name] for name in Draws._fields))
-            loss = flow_matching_loss(model, batch["images"], draws).sum()
-            yield loss * share.mesh.replicas * share.micro_batches / share.tokens
-
-
-def check_meshes(degrees: dict[str, int]) -> Any:
-    return check_on_ranks(FlowMatching(), [degrees], Settings(learning_rate=0.1))
-
-
-@pytest.mark.parametrize(("ranks", "degrees"), [(2, {}), (2, {"tensor": 2}), (4, {"tensor": 2})])
-def test_meshes_agree_with_one_rank(ranks: int, degrees: dict[str, int]) -> None:
-    (report,) = run_ranks(check_meshes, ranks, degrees, timeout=90)[0]
-    assert report.ok, report.table()
 
 
 def text_step(sequence_parallel: bool, keep: float) -> tuple[Tensor, dict[str, Tensor]]:
