@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.linear import Linear
 from parallel.mesh import Mesh
 from parallel.sequence import (
     all_gather_rows,
@@ -143,13 +144,14 @@ def enter_tensor_region(
     Args:
         x_TD: [T, D], or this rank's rows of it under sequence parallelism.
         mesh: the mesh.
-        shard_sizes: rows of each tensor rank under sequence parallelism; None for an even split.
+        shard_sizes: rows of each shard under sequence parallelism; None for an even split.
     """
     if mesh.tensor_group is None:
         return x_TD
     if not mesh.sequence_parallel:
         return _Copy.apply(x_TD, mesh.tensor_group)
-    sizes = (x_TD.shape[0],) * mesh.tensor if shard_sizes is None else shard_sizes
+    even = (x_TD.shape[0],) * mesh.tensor
+    sizes = even if shard_sizes is None else mesh.tensor_sizes(shard_sizes)
     return gather_rows(x_TD, mesh.tensor_group, sizes)
 
 
@@ -161,7 +163,8 @@ def leave_tensor_region(
         return x_TD
     if not mesh.sequence_parallel:
         return _Sum.apply(x_TD, mesh.tensor_group)
-    sizes = even_shards(x_TD.shape[0], mesh.tensor) if shard_sizes is None else shard_sizes
+    even = even_shards(x_TD.shape[0], mesh.tensor)
+    sizes = even if shard_sizes is None else mesh.tensor_sizes(shard_sizes)
     return _ReduceScatterRows.apply(x_TD, mesh.tensor_group, sizes)
 
 
@@ -214,7 +217,7 @@ def vocab_cross_entropy(logits_Tv: Tensor, targets_T: Tensor, mesh: Mesh) -> Ten
 
 def _linear(in_features: int, out_features: int, std: float) -> nn.Linear:
     # As `skip_init`, which would allocate on the CPU under `torch.device("meta")` too.
-    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer = Linear(in_features, out_features, bias=False, device="meta")
     layer.to_empty(device=torch.get_default_device())
     nn.init.normal_(layer.weight, std=std)
     return layer

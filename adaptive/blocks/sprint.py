@@ -27,6 +27,7 @@ from adaptive.routing.layout import TokenLayout
 from adaptive.routing.recompute import checkpoint, decide
 from adaptive.routing.selection import Selection
 from adaptive.routing.tape import RoutingRecord, current_tape
+from parallel.linear import linear
 from parallel.mesh import Mesh
 from parallel.sequence import even_shards
 from parallel.tensor import replicated
@@ -360,10 +361,10 @@ class PathFusion(nn.Module):
             both_D = F.linear(mask_D, from_dense_DD, masked_D)
             base_TD = both_D.expand(tokens or 0, -1).contiguous()
         else:
-            base_TD = F.linear(dense_TD, from_dense_DD, masked_D)
+            base_TD = linear(dense_TD, from_dense_DD, masked_D)
         if sparse_RD is None:
             return base_TD
-        update_RD = F.linear(sparse_RD - mask_D, from_sparse_DD)
+        update_RD = linear(sparse_RD - mask_D, from_sparse_DD)
         weights_R = None if kept_R is None else kept_R.to(update_RD.dtype)
         if indices_R is not None:
             return combine(base_TD, update_RD, indices_R, weights_R)

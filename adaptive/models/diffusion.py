@@ -26,6 +26,7 @@ from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.routing.keeping import Keeping, check_keeping
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.tape import current_tape
+from parallel.linear import Linear
 from parallel.mesh import Mesh
 
 Guidance = Literal["path_drop", "classifier_free"]
@@ -151,7 +152,7 @@ class DiffusionTransformer(nn.Module):
         self.config = config
         self.mesh = mesh = Mesh.single() if mesh is None else mesh
         patch_dim = config.channels * config.patch_size**2
-        self.patch_embedding = nn.Linear(patch_dim, config.dim)
+        self.patch_embedding = Linear(patch_dim, config.dim)
         nn.init.xavier_uniform_(self.patch_embedding.weight)
         nn.init.zeros_(self.patch_embedding.bias)
         self.time_embedding = TimeEmbedding(config.dim)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
+from parallel.linear import Linear, linear
 from parallel.mesh import Mesh
 from parallel.tensor import (
     enter_tensor_region,
@@ -50,8 +51,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, dim: int, *, sinusoids: int = 256) -> None:
         super().__init__()
         self.sinusoids = sinusoids
-        self.up = nn.Linear(sinusoids, dim)
-        self.down = nn.Linear(dim, dim)
+        self.up = Linear(sinusoids, dim)
+        self.down = Linear(dim, dim)
         for layer in (self.up, self.down):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -104,7 +105,7 @@ def rotate_pairs(x_THh: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
-class ColumnLinear(nn.Linear):
+class ColumnLinear(Linear):
     """A linear layer with bias whose outputs are split over the tensor ranks."""
 
     def __init__(self, in_features: int, out_features: int, *, mesh: Mesh) -> None:
@@ -113,7 +114,7 @@ class ColumnLinear(nn.Linear):
         self.bias = split_parameter(self.bias, 0, mesh=mesh, name="out_features")
 
 
-class RowLinear(nn.Linear):
+class RowLinear(Linear):
     """A linear layer with bias whose inputs are split; leaves the tensor region.
 
     The bias is whole on every rank and added once, after the partial results are summed.
@@ -127,7 +128,7 @@ class RowLinear(nn.Linear):
     def forward(self, x_Td: Tensor) -> Tensor:
         if self.mesh.tensor == 1:
             return super().forward(x_Td)
-        return leave_tensor_region(F.linear(x_Td, self.weight), self.mesh) + self.bias
+        return leave_tensor_region(linear(x_Td, self.weight), self.mesh) + self.bias
 
 
 class HeadNorm(nn.Module):
@@ -305,7 +306,7 @@ class VelocityHead(nn.Module):
     def __init__(self, dim: int, patch_dim: int, *, mesh: Mesh | None = None) -> None:
         super().__init__()
         self.modulation = Modulation(dim, 2, mesh=mesh)
-        self.linear = nn.Linear(dim, patch_dim)
+        self.linear = Linear(dim, patch_dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -323,9 +324,9 @@ def _by_sample(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, layout: TokenLa
     return torch.addcmul(shift_BD[sequence_T], x_TD, scale_BD[sequence_T])
 
 
-def _start_linear(layer: nn.Linear, in_features: int, out_features: int) -> None:
-    """An nn.Linear with Xavier weights and zero bias; draws random numbers once."""
-    nn.Linear.__init__(layer, in_features, out_features, device="meta")
+def _start_linear(layer: Linear, in_features: int, out_features: int) -> None:
+    """A linear layer with Xavier weights and zero bias; draws random numbers once."""
+    Linear.__init__(layer, in_features, out_features, device="meta")
     layer.to_empty(device=torch.get_default_device())
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)

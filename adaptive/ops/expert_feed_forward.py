@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from adaptive.ops.backend import Implementation, choose, refuses_triton, register
 from adaptive.ops.grouped_linear import grouped_linear
-from adaptive.ops.matrix_product import add_product, product, rounded_rows
 from adaptive.ops.permute import pair_weights, permute, unpermute
+from parallel.matrix_product import add_product, product, rounded_rows
 
 Activation = Literal["swiglu", "gelu"]
 CHUNK_ROWS = 1024

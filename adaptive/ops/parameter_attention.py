@@ -24,7 +24,6 @@ from adaptive.ops.backend import (
     register,
     warn_once,
 )
-from adaptive.ops.matrix_product import add_product, by_onednn, product
 from adaptive.ops.parameter_weights import (
     THETA,
     ZERO_NORM,
@@ -35,6 +34,7 @@ from adaptive.ops.parameter_weights import (
     statistic_dtype,
 )
 from adaptive.routing.recompute import decide
+from parallel.matrix_product import add_product, by_onednn, product
 
 # Scores of one block, in numbers a thread: 1 MiB of float32 stays in a core's second-level cache.
 _CACHED_NUMBERS = 1 << 18

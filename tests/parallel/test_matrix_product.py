@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptive.ops import matrix_product
-from adaptive.ops.matrix_product import add_product, by_onednn, product
+from parallel import matrix_product
+from parallel.matrix_product import add_product, by_onednn, product
 
 SHAPES = [(0, 5, 7), (1, 1, 1), (3, 70, 5), (130, 129, 131), (16, 1024, 1025), (4096, 33, 65)]
 
@@ -15,7 +15,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(matrix_product, "onednn_is_faster", lambda: request.param == "onednn")
-    monkeypatch.setattr(matrix_product, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr(matrix_product, "_WORTH_COMPILING", 1)
     return str(request.param)
 
 
@@ -49,7 +49,7 @@ def test_flop_counters_see_every_product(library: str) -> None:
 def test_slices_of_wider_matrices_stay_with_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     # oneDNN multiplies by a slice of columns without vector instructions: 3 s where MKL takes 3 ms.
     monkeypatch.setattr(matrix_product, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(matrix_product, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr(matrix_product, "_WORTH_COMPILING", 1)
     seen = []
     monkeypatch.setattr(matrix_product, "_onednn", lambda a, *_: seen.append(a))
     wide = torch.randn(8, 16)

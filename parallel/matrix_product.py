@@ -1,4 +1,4 @@
-"""Matrix products of our own CPU ops, by whichever of torch's two libraries is the faster one.
+"""Matrix products on a CPU, by whichever of torch's two libraries is the faster one.
 
 torch multiplies float32 matrices on x86 through MKL, which takes its AVX2 path on processors that
 are not Intel's. torch also carries oneDNN, which compiles for the vector width it finds: on an AMD
@@ -20,24 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive.ops.flop_formulas import flop_formula
+from parallel.flop_formulas import flop_formula
 
 _ROW_MULTIPLE = 16
 _WORTH_COMPILING = 128**3
 """Multiplications from which oneDNN's dearer call pays."""
 
 
-def product(a_MK: Tensor, b_KN: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """`a @ b`, [M, N]; not differentiable by autograd.
+def product(
+    a_MK: Tensor, b_KN: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`a @ b + bias`, [M, N]; not differentiable by autograd.
 
     Args:
         a_MK: [M, K].
         b_KN: [K, N], same dtype and device. Transposed views cost nothing.
+        bias: [N] or None.
         out: [M, N], memory that may be used for the result. The result is what is returned;
             whether it lies there depends on the library.
     """
-    if by_onednn(a_MK) and _worth(a_MK.shape[0], b_KN) and _whole(a_MK) and _whole(b_KN):
-        return _onednn(a_MK, b_KN.t(), None, "none", [], "")
+    worth = worth_compiling(a_MK.shape[0], b_KN)
+    if worth and by_onednn(a_MK) and _whole(a_MK) and _whole(b_KN):
+        return _onednn(a_MK, b_KN.t(), bias, "none", [], "")
+    if bias is not None:
+        return torch.addmm(bias, a_MK, b_KN)
     return torch.mm(a_MK, b_KN, out=out) if out is not None else torch.mm(a_MK, b_KN)
 
 
@@ -52,13 +58,14 @@ def add_product(total_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
 
 def rounded_rows(rows: int, weight: Tensor) -> int:
     """How many rows to multiply by `weight` where `rows` of them mean anything."""
-    if not (by_onednn(weight) and _worth(rows, weight)):
+    if not (by_onednn(weight) and worth_compiling(rows, weight)):
         return rows
     return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
-def _worth(rows: int, b_KN: Tensor) -> bool:
-    return rows * b_KN.shape[0] * b_KN.shape[1] >= _WORTH_COMPILING
+def worth_compiling(rows: int, weight: Tensor) -> bool:
+    """Whether a product of that many rows and `weight`, [K, N] or [N, K], is large enough."""
+    return rows * weight.shape[0] * weight.shape[1] >= _WORTH_COMPILING
 
 
 def _whole(matrix: Tensor) -> bool:
