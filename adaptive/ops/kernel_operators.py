@@ -169,7 +169,7 @@ def attention_forward(
     out, lse_HQ = _attention_outputs(q_QHh)
     launch(
         q_QHh, k_TGh, v_TGh, out, lse_HQ, q_starts, k_starts, q_positions, k_positions,
-        max_queries=max_queries, causal=causal,
+        max_queries=max_queries, max_keys=max_keys, causal=causal,
     )  # fmt: skip
     return out, lse_HQ
 

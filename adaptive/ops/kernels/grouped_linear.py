@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adaptive.ops.kernel_operators import NO_ACTIVATION, grouped_rows, grouped_weight_gradient
-from adaptive.ops.kernels.grouped_tiles import CONFIGS, fitting, rows_class
+from adaptive.ops.kernels.grouped_tiles import autotuned, interpreted_tiles, rows_class
 from adaptive.ops.kernels.launching import (
     cdiv,
     computing_dtype,
@@ -46,11 +46,7 @@ def _expert_of(counts, tile, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK
     return tl.minimum(expert, EXPERTS), start, end
 
 
-@triton.autotune(
-    CONFIGS,
-    key=["width", "out_width", "ROWS_CLASS", "GATHER", "SCATTER", "ACTIVATION", "TRANSPOSED"],
-    prune_configs_by={"early_config_prune": fitting},
-)
+@autotuned(["width", "out_width", "ROWS_CLASS", "GATHER", "SCATTER", "ACTIVATION", "TRANSPOSED"])
 @triton.jit(do_not_specialize=["ROWS_CLASS"])
 def _rows(
     a,
@@ -181,6 +177,7 @@ def launch(
             KEEP_HIDDEN=keep_hidden,
             TRANSPOSED=transposed,
             PRECISION=dot_precision(a.dtype),
+            **interpreted_tiles(cdiv(rows, experts), out_width, a.shape[1]),
         )
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaptive.ops.kernels.grouped_tiles import CONFIGS, fitting, rows_class
+from adaptive.ops.kernels.grouped_tiles import autotuned, interpreted_tiles, rows_class
 from adaptive.ops.kernels.launching import (
     cdiv,
     contiguous_rows,
@@ -24,11 +24,7 @@ from adaptive.ops.kernels.launching import (
 # mypy: disable-error-code="no-untyped-def"
 
 
-@triton.autotune(
-    CONFIGS,
-    key=["a_width", "b_width", "ROWS_CLASS", "GATHER_A", "GATHER_B"],
-    prune_configs_by={"early_config_prune": fitting},
-)
+@autotuned(["a_width", "b_width", "ROWS_CLASS", "GATHER_A", "GATHER_B"])
 @triton.jit(do_not_specialize=["ROWS_CLASS"])
 def _weight_gradient(
     a,
@@ -127,4 +123,5 @@ def launch(
             GATHER_A=gather_a,
             GATHER_B=gather_b,
             PRECISION=dot_precision(a.dtype),
+            **interpreted_tiles(a_width, b_width, cdiv(rows, experts)),
         )

@@ -27,10 +27,20 @@ def cdiv(n: int, block: int) -> int:
     return -(-n // block)
 
 
-def row_blocks(width: int) -> tuple[int, int]:
-    """(rows, columns) of a tile for kernels that stream rows: about 4,096 elements."""
-    columns = max(16, min(next_power_of_2(width), 4096))
-    return max(1, min(16, 4096 // columns)), columns
+def interpreted_block(length: int) -> int:
+    """A block for the interpreter, which takes as long for a small tile as for a large one.
+
+    A few blocks cover any length, so that their seams are crossed at the smallest sizes.
+    """
+    return max(16, min(next_power_of_2(cdiv(length, 4)), 256))
+
+
+def row_blocks(rows: int, width: int, elements: int = 4096) -> tuple[int, int]:
+    """(rows, columns) of a tile for kernels that stream rows: about as many elements."""
+    columns = max(16, min(next_power_of_2(width), elements))
+    if INTERPRETED:
+        return interpreted_block(rows), columns
+    return max(1, min(16, elements // columns)), columns
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

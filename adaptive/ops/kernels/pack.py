@@ -178,7 +178,7 @@ def gather_rows(source_TD: Tensor, index_R: Tensor, top_k: int = 1) -> Tensor:
     rows, width = index_R.shape[0], source_TD.shape[1]
     out = source_TD.new_empty(rows, width)
     if out.numel():
-        block, columns = row_blocks(width)
+        block, columns = row_blocks(rows, width)
         with on_device(out):
             _gather[(cdiv(rows, block), cdiv(width, columns))](
                 source_TD,
@@ -209,7 +209,7 @@ def combine_rows(
     out = hidden_TD.new_empty(tokens, width)
     if out.numel():
         inverse_T = invert_index(index_R, tokens)
-        block, columns = row_blocks(width)
+        block, columns = row_blocks(tokens, width)
         with on_device(out):
             _combine[(cdiv(tokens, block), cdiv(width, columns))](
                 hidden_TD,
@@ -241,7 +241,7 @@ def combine_rows_(
     update_RD = contiguous_rows(update_RD)
     rows, width = update_RD.shape
     if update_RD.numel():
-        block, columns = row_blocks(width)
+        block, columns = row_blocks(rows, width)
         with on_device(hidden_TD):
             _combine_in_place[(cdiv(rows, block), cdiv(width, columns))](
                 hidden_TD,
@@ -279,7 +279,7 @@ def weighted_rows_backward(
     count = 0 if weights is None else weights.numel()
     grad_weights = grad_TD.new_zeros(count, dtype=torch.float32)
     if entries and width:
-        block, columns = row_blocks(width)
+        block, columns = row_blocks(entries, width)
         with on_device(grad_TD):
             _weighted_rows_backward[(cdiv(entries, block),)](
                 grad_TD,

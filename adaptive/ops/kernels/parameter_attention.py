@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.kernels.launching import next_power_of_2, on_device
+from adaptive.ops.kernels.launching import cdiv, on_device, row_blocks
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -49,63 +49,104 @@ def _over_norm(squares, scale):
     return tl.where(squares > 1.2e-38, scale / tl.sqrt(tl.maximum(squares, 1.2e-38)), 0.0)
 
 
-@triton.jit
-def _squares(scores, squares, width, NORM_FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        a = tl.load(scores + row * width + n, mask=n < width, other=0).to(tl.float32)
+@triton.jit(do_not_specialize=["rows"])
+def _squares(
+    scores,
+    squares,
+    rows,
+    width,
+    NORM_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    scores += r.to(tl.int64)[:, None] * width
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, width, COLUMNS):
+        n = start + tl.arange(0, COLUMNS)[None, :]
+        inside = (r < rows)[:, None] & (n < width)
+        a = tl.load(scores + n, mask=inside, other=0).to(tl.float32)
         if not NORM_FIRST:
             a = _gelu(a)
         total += a * a
-    tl.store(squares + row, tl.sum(total, 0))
+    tl.store(squares + r, tl.sum(total, 1), mask=r < rows)
 
 
-@triton.jit
-def _weights(scores, squares, scale, width, NORM_FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ratio = _over_norm(tl.load(squares + row), tl.load(scale))
-    at = scores + row * width + n
-    a = tl.load(at, mask=n < width, other=0).to(tl.float32)
+@triton.jit(do_not_specialize=["rows"])
+def _weights(
+    scores,
+    squares,
+    scale,
+    rows,
+    width,
+    NORM_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (r < rows)[:, None] & (n < width)
+    ratio = _over_norm(tl.load(squares + r, mask=r < rows, other=0), tl.load(scale))[:, None]
+    at = scores + r.to(tl.int64)[:, None] * width + n
+    a = tl.load(at, mask=inside, other=0).to(tl.float32)
     w = _gelu(a * ratio) if NORM_FIRST else _gelu(a) * ratio
-    tl.store(at, w, mask=n < width)
+    tl.store(at, w, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _shares(
-    scores, grad, squares, scale, shares, width, NORM_FIRST: tl.constexpr, BLOCK: tl.constexpr
+    scores,
+    grad,
+    squares,
+    scale,
+    shares,
+    rows,
+    width,
+    NORM_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """<z, dz> of a row (norm first), or <w, dw>."""
-    row = tl.program_id(0).to(tl.int64)
-    ratio = _over_norm(tl.load(squares + row), tl.load(scale))
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        a = tl.load(scores + row * width + n, mask=n < width, other=0).to(tl.float32)
-        g = tl.load(grad + row * width + n, mask=n < width, other=0).to(tl.float32)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ratio = _over_norm(tl.load(squares + r, mask=r < rows, other=0), tl.load(scale))[:, None]
+    row = r.to(tl.int64)[:, None] * width
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, width, COLUMNS):
+        n = start + tl.arange(0, COLUMNS)[None, :]
+        inside = (r < rows)[:, None] & (n < width)
+        a = tl.load(scores + row + n, mask=inside, other=0).to(tl.float32)
+        g = tl.load(grad + row + n, mask=inside, other=0).to(tl.float32)
         if NORM_FIRST:
             z = a * ratio
             total += z * _gelu_slope(z) * g
         else:
             total += _gelu(a) * ratio * g
-    tl.store(shares + row, tl.sum(total, 0))
+    tl.store(shares + r, tl.sum(total, 1), mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
-    scores, grad, squares, scale, shares, width, NORM_FIRST: tl.constexpr, BLOCK: tl.constexpr
+    scores,
+    grad,
+    squares,
+    scale,
+    shares,
+    rows,
+    width,
+    NORM_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Scores become weights, gradients of weights become gradients of scores."""
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (r < rows)[:, None] & (n < width)
     c = tl.load(scale)
-    ratio = _over_norm(tl.load(squares + row), c)
-    share = tl.load(shares + row) / (c * c)
-    at = row * width + n
-    a = tl.load(scores + at, mask=n < width, other=0).to(tl.float32)
-    g = tl.load(grad + at, mask=n < width, other=0).to(tl.float32)
+    ratio = _over_norm(tl.load(squares + r, mask=r < rows, other=0), c)[:, None]
+    share = (tl.load(shares + r, mask=r < rows, other=0) / (c * c))[:, None]
+    at = r.to(tl.int64)[:, None] * width + n
+    a = tl.load(scores + at, mask=inside, other=0).to(tl.float32)
+    g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
     if NORM_FIRST:
         z = a * ratio
         w = _gelu(z)
@@ -113,12 +154,8 @@ def _backward(
     else:
         w = _gelu(a) * ratio
         g = ratio * (g - w * share) * _gelu_slope(a)
-    tl.store(scores + at, w, mask=n < width)
-    tl.store(grad + at, g, mask=n < width)
-
-
-def _block(width: int) -> int:
-    return max(16, min(next_power_of_2(width), 2048))
+    tl.store(scores + at, w, mask=inside)
+    tl.store(grad + at, g, mask=inside)
 
 
 @torch.library.custom_op("adaptive::parameter_squares", mutates_args=())
@@ -127,8 +164,11 @@ def row_squares(scores_RN: Tensor, norm_first: bool) -> Tensor:
     rows, width = scores_RN.shape
     squares_R = scores_RN.new_empty(rows, dtype=torch.float32)
     if rows:
+        block, columns = row_blocks(rows, width, 2048)
         with on_device(scores_RN):
-            _squares[(rows,)](scores_RN, squares_R, width, norm_first, _block(width))
+            _squares[(cdiv(rows, block),)](
+                scores_RN, squares_R, rows, width, norm_first, block, columns
+            )
     return squares_R
 
 
@@ -142,10 +182,10 @@ def weights_(scores_RN: Tensor, squares_R: Tensor, scale: Tensor, norm_first: bo
     """Scores become weights."""
     rows, width = scores_RN.shape
     if scores_RN.numel():
-        block = _block(width)
+        block, columns = row_blocks(rows, width, 2048)
         with on_device(scores_RN):
-            _weights[(rows, triton.cdiv(width, block))](
-                scores_RN, squares_R, scale, width, norm_first, block
+            _weights[(cdiv(rows, block), cdiv(width, columns))](
+                scores_RN, squares_R, scale, rows, width, norm_first, block, columns
             )
 
 
@@ -162,10 +202,12 @@ def row_shares(
     rows, width = scores_RN.shape
     shares_R = scores_RN.new_empty(rows, dtype=torch.float32)
     if rows:
+        block, columns = row_blocks(rows, width, 2048)
         with on_device(scores_RN):
-            _shares[(rows,)](
-                scores_RN, grad_RN, squares_R, scale, shares_R, width, norm_first, _block(width)
-            )
+            _shares[(cdiv(rows, block),)](
+                scores_RN, grad_RN, squares_R, scale, shares_R, rows, width, norm_first, block,
+                columns,
+            )  # fmt: skip
     return shares_R
 
 
@@ -188,11 +230,12 @@ def backward_(
     """Scores become weights, gradients of weights become gradients of scores."""
     rows, width = scores_RN.shape
     if scores_RN.numel():
-        block = _block(width)
+        block, columns = row_blocks(rows, width, 2048)
         with on_device(scores_RN):
-            _backward[(rows, triton.cdiv(width, block))](
-                scores_RN, grad_RN, squares_R, scale, shares_R, width, norm_first, block
-            )
+            _backward[(cdiv(rows, block), cdiv(width, columns))](
+                scores_RN, grad_RN, squares_R, scale, shares_R, rows, width, norm_first, block,
+                columns,
+            )  # fmt: skip
 
 
 @backward_.register_fake

@@ -61,7 +61,7 @@ def sum_places(rows_ND: Tensor, places_TK: Tensor, weights_TK: Tensor | None) ->
     (tokens, top_k), width = places_TK.shape, rows_ND.shape[1]
     out = rows_ND.new_empty(tokens, width)
     if out.numel():
-        block, columns = row_blocks(width)
+        block, columns = row_blocks(tokens, width)
         with on_device(out):
             _sum_places[(cdiv(tokens, block), cdiv(width, columns))](
                 rows_ND,

@@ -30,7 +30,12 @@ from adaptive.ops.kernels.launching import (
     on_device,
     tile_dot,
 )
-from adaptive.ops.kernels.varlen_visibility import Visibility, head_columns, visible_keys
+from adaptive.ops.kernels.varlen_visibility import (
+    Visibility,
+    head_columns,
+    interpreted_blocks,
+    visible_keys,
+)
 from adaptive.routing.layout import TokenLayout
 
 # mypy: disable-error-code="no-untyped-def"
@@ -160,10 +165,12 @@ def _forward(
     tl.store(lse + head.to(tl.int64) * queries + rows, natural, mask=m < q_len)
 
 
-def forward_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def forward_blocks(
+    head_dim: int, dtype: torch.dtype, max_queries: int, max_keys: int
+) -> dict[str, int]:
     """Tile sizes: queries, keys, warps, stages. Chosen by shared memory; not measured."""
     if INTERPRETED:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return interpreted_blocks(max_queries, max_keys)
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     if head_dim <= 64:
@@ -185,6 +192,7 @@ def launch(
     k_positions: Tensor | None,
     *,
     max_queries: int,
+    max_keys: int,
     causal: int,
 ) -> None:
     """`adaptive.ops.kernel_operators.attention_forward`, into `out` and `lse`."""
@@ -192,7 +200,7 @@ def launch(
         return
     queries, heads, head_dim = out.shape
     q_QHh, k_TGh, v_TGh = (head_columns(x) for x in (q_QHh, k_TGh, v_TGh))
-    blocks = forward_blocks(head_dim, q_QHh.dtype)
+    blocks = forward_blocks(head_dim, q_QHh.dtype, max_queries, max_keys)
     grid = (cdiv(max_queries, blocks["BLOCK_M"]), heads, q_starts.shape[0] - 1)
     with on_device(out):
         _forward[grid](

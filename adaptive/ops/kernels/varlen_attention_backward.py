@@ -16,7 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from adaptive.ops.kernels.launching import INTERPRETED, cdiv, dot_precision, on_device, tile_dot
-from adaptive.ops.kernels.varlen_visibility import head_columns, visible_keys, visible_queries
+from adaptive.ops.kernels.varlen_visibility import (
+    head_columns,
+    interpreted_blocks,
+    visible_keys,
+    visible_queries,
+)
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -286,10 +291,12 @@ def _queries(
     tl.store(grad_q + own, total * scale, mask=inside)
 
 
-def query_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def query_blocks(
+    head_dim: int, dtype: torch.dtype, max_queries: int, max_keys: int
+) -> dict[str, int]:
     """Tiles of the kernel over queries. Chosen by registers and shared memory; not measured."""
     if INTERPRETED:
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        return interpreted_blocks(max_queries, max_keys)
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     if head_dim <= 128:
@@ -297,10 +304,12 @@ def query_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
-def key_blocks(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def key_blocks(
+    head_dim: int, dtype: torch.dtype, max_queries: int, max_keys: int
+) -> dict[str, int]:
     """Tiles of the kernel over keys. Chosen by registers and shared memory; not measured."""
     if INTERPRETED:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return interpreted_blocks(max_queries, max_keys)
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     if head_dim <= 128:
@@ -344,7 +353,7 @@ def launch(
     sequences, group = q_starts.shape[0] - 1, heads // kv_heads
     with on_device(q_QHh):
         if queries:
-            blocks = query_blocks(head_dim, q_QHh.dtype)
+            blocks = query_blocks(head_dim, q_QHh.dtype, max_queries, max_keys)
             grid = (cdiv(max_queries, blocks["BLOCK_M"]), heads, sequences)
             _queries[grid](
                 q_QHh, k_TGh, v_TGh, out, grad_out, lse_HQ,
@@ -352,7 +361,7 @@ def launch(
                 *starts, *strides, queries, heads, group, scale, **shapes, **blocks,
             )  # fmt: skip
         if keys:
-            blocks = key_blocks(head_dim, q_QHh.dtype)
+            blocks = key_blocks(head_dim, q_QHh.dtype, max_queries, max_keys)
             grid = (cdiv(max_keys, blocks["BLOCK_N"]), kv_heads, sequences)
             _keys_and_values[grid](
                 q_QHh, k_TGh, v_TGh, grad_out, lse_HQ, delta_HQ, grad_k, grad_v,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adaptive.ops.kernels.launching import interpreted_block
+
 # mypy: disable-error-code="no-untyped-def"
 
 
@@ -34,6 +36,12 @@ class Visibility(NamedTuple):
 def head_columns(x_THh: Tensor) -> Tensor:
     """x itself if the channels of a head are adjacent, else a copy."""
     return x_THh if x_THh.stride(-1) == 1 else x_THh.contiguous()
+
+
+def interpreted_blocks(max_queries: int, max_keys: int) -> dict[str, int]:
+    """Tiles of every attention kernel where they run interpreted."""
+    blocks = {"BLOCK_M": interpreted_block(max_queries), "BLOCK_N": interpreted_block(max_keys)}
+    return {**blocks, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
