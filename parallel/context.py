@@ -30,7 +30,7 @@ def tokens_to_heads(
     Args:
         parts: tensors of the same tokens (queries, keys, values); their heads may differ in number.
         mesh: the mesh; without context parallelism nothing happens.
-        shard_sizes: tokens of each context rank.
+        shard_sizes: tokens of each shard.
 
     Raises:
         ValueError: if the context degree does not divide the heads of a tensor.
@@ -39,7 +39,7 @@ def tokens_to_heads(
     if mesh.context_group is None:
         return parts
     own, width = parts[0].shape[0], parts[0].shape[-1]
-    sizes = (own,) * ranks if shard_sizes is None else shard_sizes
+    sizes = (own,) * ranks if shard_sizes is None else mesh.context_sizes(shard_sizes)
     for part in parts:
         check_heads(part.shape[1], mesh)
     # To each rank its heads of everything, in one message.
@@ -63,7 +63,8 @@ def heads_to_tokens(x_THh: Tensor, mesh: Mesh, *, shard_sizes: tuple[int, ...] |
     if mesh.context_group is None:
         return x_THh
     ranks = mesh.context
-    sizes = even_shards(x_THh.shape[0], ranks) if shard_sizes is None else shard_sizes
+    even = even_shards(x_THh.shape[0], ranks)
+    sizes = even if shard_sizes is None else mesh.context_sizes(shard_sizes)
     own = sizes[mesh.context_rank]
     rows = exchange_rows(x_THh, mesh.context_group, sizes, (own,) * ranks)
     return rows.unflatten(0, (ranks, own)).transpose(0, 1).flatten(1, 2)
@@ -72,26 +73,27 @@ def heads_to_tokens(x_THh: Tensor, mesh: Mesh, *, shard_sizes: tuple[int, ...] |
 def move_rows(
     x_tD: Tensor, mesh: Mesh, *, before: tuple[int, ...], after: tuple[int, ...]
 ) -> Tensor:
-    """The same rows in the same order, spread over the context ranks in another way.
+    """The same rows in the same order, spread over the shards in another way.
 
     Args:
         x_tD: [before[rank], …].
         mesh: the mesh.
-        before, after: rows of each context rank; equal sums.
+        before, after: rows of each shard; equal sums.
     """
-    if mesh.context_group is None or before == after:
+    if mesh.shard_group is None or before == after:
         return x_tD
-    rank = mesh.context_rank
+    rank = mesh.shard_rank
     sent = _overlaps(before, after, rank)
     received = _overlaps(after, before, rank)
-    return exchange_rows(x_tD, mesh.context_group, sent, received)
+    return exchange_rows(x_tD, mesh.shard_group, sent, received)
 
 
 def own_context_rows(x_T: Tensor, mesh: Mesh, *, shard_sizes: tuple[int, ...] | None) -> Tensor:
     """This context rank's rows of what every context rank has whole."""
     if mesh.context == 1:
         return x_T
-    sizes = even_shards(x_T.shape[0], mesh.context) if shard_sizes is None else shard_sizes
+    even = even_shards(x_T.shape[0], mesh.context)
+    sizes = even if shard_sizes is None else mesh.context_sizes(shard_sizes)
     return x_T.split(list(sizes))[mesh.context_rank]
 
 
@@ -102,7 +104,8 @@ def gather_context_rows(x_tV: Tensor, mesh: Mesh, *, shard_sizes: tuple[int, ...
     """
     if mesh.context_group is None:
         return x_tV
-    sizes = (x_tV.shape[0],) * mesh.context if shard_sizes is None else shard_sizes
+    even = (x_tV.shape[0],) * mesh.context
+    sizes = even if shard_sizes is None else mesh.context_sizes(shard_sizes)
     return gather_rows(x_tV, mesh.context_group, sizes)
 
 

@@ -58,6 +58,7 @@ class Groups:
     tensor: dist.ProcessGroup
     context: dist.ProcessGroup
     batch: dist.ProcessGroup
+    tensor_context: dist.ProcessGroup
     expert: dist.ProcessGroup
     expert_data: dist.ProcessGroup
 
@@ -82,6 +83,7 @@ def initialize(*, tensor: int, context: int, expert: int) -> Groups:
         tensor=state.get_tensor_model_parallel_group(),
         context=state.get_context_parallel_group(),
         batch=state.get_data_parallel_group(with_context_parallel=True),
+        tensor_context=state.get_tensor_and_context_parallel_group(),
         expert=state.get_expert_model_parallel_group(),
         expert_data=state.get_expert_data_parallel_group(),
     )

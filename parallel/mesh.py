@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
@@ -26,6 +26,9 @@ class Mesh:
         context_attention: how attention sees sequences that lie over context ranks: "ulysses"
             (all tokens and some heads, `parallel.context`) or "ring" (own tokens and all heads,
             `parallel.ring`).
+        shard_group: ranks over which the tokens of one pack lie, in rank order: context ranks, and
+            under sequence parallelism the tensor ranks of each; None where each rank holds whole
+            sequences.
         expert_data_group: ranks that hold the same experts (and the same slice of them).
         batch_group: data x context ranks: those that hold the same slice of the dense weights,
             and whose gradients are averaged.
@@ -50,6 +53,7 @@ class Mesh:
     expert_group: dist.ProcessGroup | None = None
     expert_data_group: dist.ProcessGroup | None = None
     batch_group: dist.ProcessGroup | None = None
+    shard_group: dist.ProcessGroup | None = None
     token_group: dist.ProcessGroup | None = None
     mpu: ModelParallelUnit | None = None
 
@@ -86,11 +90,6 @@ class Mesh:
         world, rank = dist.get_world_size(), dist.get_rank()
         data = data_degree(world, tensor=tensor, context=context, expert=expert, data=data)
         check_context_attention(context_attention)
-        if sequence_parallel and tensor > 1 and context > 1:
-            raise ValueError(
-                f"sequence_parallel=True: must be False with context={context}, which already "
-                "splits the tokens"
-            )
         everyone = dist.group.WORLD if world > 1 else None
         if tensor == context == expert == 1:
             return Mesh(
@@ -106,6 +105,7 @@ class Mesh:
         groups = megatron.initialize(tensor=tensor, context=context, expert=expert)
         sequence_parallel = sequence_parallel and tensor > 1
         batch = _unless_alone(groups.batch)
+        shards = groups.tensor_context if sequence_parallel else groups.context
         return Mesh(
             data=data,
             tensor=tensor,
@@ -123,6 +123,7 @@ class Mesh:
             expert_group=_unless_alone(groups.expert),
             expert_data_group=_unless_alone(groups.expert_data),
             batch_group=batch,
+            shard_group=_unless_alone(shards),
             token_group=everyone if sequence_parallel else batch,
             mpu=None if tensor == 1 else ModelParallelUnit(groups.tensor, groups.batch),
         )
@@ -142,19 +143,33 @@ class Mesh:
         return self.data * self.context
 
     @property
-    def shard_group(self) -> dist.ProcessGroup | None:
-        """Ranks over which the tokens of one pack lie: context ranks, or tensor ranks under
-        sequence parallelism; None where each rank holds whole sequences."""
-        return self.tensor_group if self.sequence_parallel else self.context_group
-
-    @property
     def shards(self) -> int:
         """Size of `shard_group`."""
-        return self.tensor if self.sequence_parallel else self.context
+        return self.context * (self.tensor if self.sequence_parallel else 1)
 
     @property
     def shard_rank(self) -> int:
-        return self.tensor_rank if self.sequence_parallel else self.context_rank
+        if self.sequence_parallel:
+            return self.context_rank * self.tensor + self.tensor_rank
+        return self.context_rank
+
+    def tensor_sizes(self, shard_sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the rows of every shard, those of this rank's tensor group, rank by rank."""
+        first = self.context_rank * self.tensor
+        return shard_sizes[first : first + self.tensor]
+
+    def context_sizes(self, shard_sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the rows of every shard, those of each context rank, its tensor ranks together."""
+        each = self.shards // self.context
+        starts = range(0, len(shard_sizes), each)
+        return tuple(sum(shard_sizes[start : start + each]) for start in starts)
+
+    def without_context(self) -> Mesh:
+        """As it looks within one context rank: `shard_group` is then the tensor ranks alone."""
+        if self.context == 1:
+            return self
+        shards = self.tensor_group if self.sequence_parallel else None
+        return replace(self, context=1, context_rank=0, context_group=None, shard_group=shards)
 
     @property
     def ring(self) -> bool:

@@ -177,7 +177,7 @@ class MixtureOfDepths(nn.Module):
         before = selection.shard_sizes
         if self.mesh.context == 1 or before is None:
             return self.inner(packed_RD, selection, **kwargs) - packed_RD
-        even = even_shards(sum(before), self.mesh.context)
+        even = even_shards(sum(before), self.mesh.shards)
         rows_RD = move_rows(packed_RD, self.mesh, before=before, after=even)
         shared = replace(selection, shard_sizes=even, weights=None)
         update_RD = self.inner(rows_RD, shared, **kwargs) - rows_RD

@@ -176,11 +176,12 @@ class MixtureOfExperts(nn.Module):
         # Under sequence parallelism everybody's tokens are computed here, and chosen for together.
         shards = None if layout is None else layout.shard_sizes
         # Context ranks compute their own, like data ranks.
-        mesh = self.mesh if self.mesh.sequence_parallel else Mesh.single()
-        gather = partial(gather_over_shards, mesh=mesh, shard_sizes=shards)
+        mesh = self.mesh.without_context() if self.mesh.sequence_parallel else Mesh.single()
+        within = None if shards is None else self.mesh.tensor_sizes(shards)
+        gather = partial(gather_over_shards, mesh=mesh, shard_sizes=within)
         everyone_T = None if valid_T is None else gather(valid_T)
         assignment = decide(lambda: self.choose(gather(scores_TE), everyone_T))
-        own = decide(lambda: self._own(assignment, hidden_TD.shape[0], shards))
+        own = decide(lambda: self._own(assignment, hidden_TD.shape[0], within))
         own = own.with_weights(self._weights(scores_TE, own))
         enter = partial(enter_tensor_region, mesh=self.mesh, shard_sizes=shards)
         x_TD = enter(hidden_TD)

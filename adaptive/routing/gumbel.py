@@ -48,7 +48,7 @@ def gumbel_choice(
         router_logits_TK: float [T, K]; under sequence parallelism this rank's rows.
         noise: scale of the noise, 0 or more.
         mesh: how the ranks share the model; one rank by default.
-        shard_sizes: rows of each tensor rank under sequence parallelism.
+        shard_sizes: rows of each shard under sequence parallelism.
 
     Source: Gumbel-max, arXiv 1611.01144, section 2.
     """
@@ -68,7 +68,8 @@ def _shared_gumbel(
     rows, first = like_TK.shape[0], 0
     total = rows
     if mesh.sequence_parallel:
-        sizes = (rows,) * mesh.tensor if shard_sizes is None else shard_sizes
+        even = (rows,) * mesh.tensor
+        sizes = even if shard_sizes is None else mesh.tensor_sizes(shard_sizes)
         total, first = sum(sizes), sum(sizes[: mesh.tensor_rank])
     noise_TK = like_TK.new_empty(total, like_TK.shape[1]).exponential_().log_().neg_()
     dist.broadcast(noise_TK, group=mesh.tensor_group, group_src=0)

@@ -25,8 +25,8 @@ class TokenLayout:
         max_seqlen: length of the longest sequence, known to the host.
         positions: int64 [T], position of each token within its own sequence. Rotary
             embeddings and causal masks use these, never an index into the pack.
-        shard_sizes: under Megatron's sequence parallelism, how many of the tokens (in pack
-            order) each tensor rank holds outside split products; None for an even split.
+        shard_sizes: where the tokens lie over several ranks (`Mesh.shard_group`), how many each
+            holds, in pack order, outside split products; None for an even split.
     """
 
     cu_seqlens: Tensor
@@ -62,7 +62,8 @@ class TokenLayout:
         made = self.__dict__.get("_ring")
         if made is None:
             assert mesh.context_group is not None
-            sizes = self.shard_sizes or even_shards(self.tokens, mesh.context)
+            shards = self.shard_sizes or even_shards(self.tokens, mesh.shards)
+            sizes = mesh.context_sizes(shards)
             made = RingLayout.of(self.positions, self.sequence_ids, sizes, mesh.context_group)
             object.__setattr__(self, "_ring", made)
         return made

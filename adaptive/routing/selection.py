@@ -28,8 +28,8 @@ class Selection:
         batch_size: B.
         seq_len: longest sequence of the source.
         positions: int64 [R], original position of each selected token in its sequence.
-        shard_sizes: under Megatron's sequence parallelism, how many of the selected tokens each
-            tensor rank holds; `indices` and `weights` are then this rank's alone (see `on_shard`),
+        shard_sizes: where the source lies over several ranks, how many of the selected tokens each
+            holds; `indices` and `weights` are then this rank's alone (see `on_shard`),
             while `cu_seqlens` and `positions` stay those of all.
     """
 

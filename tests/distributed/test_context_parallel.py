@@ -152,11 +152,6 @@ def _refused(degrees: dict[str, Any], heads: int) -> str:
             "context_attention='star': must be ulysses or ring",
         ),
         ({"tensor": 2}, 3, "num_heads=3: must be a multiple of tensor=2; tensor may be 1"),
-        (
-            {"tensor": 2, "context": 2, "sequence_parallel": True},
-            4,
-            "sequence_parallel=True: must be False with context=2, which already splits the tokens",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(

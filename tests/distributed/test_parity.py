@@ -21,6 +21,7 @@ MESHES: list[tuple[int, Degrees, int]] = [
     (2, {"tensor": 2, "sequence_parallel": True}, 1),
     (4, {"tensor": 2, "expert": 2, "sequence_parallel": True}, 2),
     (4, {"tensor": 2, "context": 2}, 1),
+    (4, {"tensor": 2, "context": 2, "sequence_parallel": True}, 1),
     (2, {"context": 2, **RING}, 1),
 ]
 # The rest of what four ranks allow.
@@ -39,6 +40,8 @@ FURTHER: list[tuple[int, Degrees, int]] = [
     (4, {"context": 4, **RING}, 1),
     (4, {"tensor": 2, "context": 2, **RING}, 1),
     (4, {"context": 2, "expert": 4, **RING}, 2),
+    (4, {"tensor": 2, "context": 2, "sequence_parallel": True, **RING}, 1),
+    (4, {"tensor": 2, "context": 2, "expert": 2, "sequence_parallel": True}, 2),
 ]
 
 
@@ -51,9 +54,9 @@ def cases(meshes: list[tuple[int, Degrees, int]]) -> list[tuple[str, int, Degree
 
 def check(family: str, degrees: Degrees, micro_batches: int = 1) -> Report:
     """On each rank."""
-    # A ring has something to do where sequences do not end with a rank's share.
-    ring = "context_attention" in degrees and micro_batches == 1
-    subject = replace(SUBJECTS[family], rows=5 if ring else 8)
+    # Sequences that do not end with a rank's share, where the batch need not divide.
+    uneven = "context" in degrees and micro_batches == 1
+    subject = replace(SUBJECTS[family], rows=5 if uneven else 8)
     settings = Settings(
         micro_batches=micro_batches, learning_rate=0.1 if family == "sprint" else 1.0
     )
