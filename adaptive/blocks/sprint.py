@@ -133,8 +133,10 @@ class SparseDenseFusion(nn.Module):
         if valid_T is None:
             out_TD = self._fused(hidden_TD, layout, keep_ids, drop_path, inner_kwargs)
             return out_TD.view_as(hidden)
-        if self.mesh.sequence_parallel:
-            raise ValueError("token_mask: not under sequence_parallel; pack the tokens instead")
+        if self.mesh.shards > 1:
+            raise ValueError(
+                "token_mask: not where ranks share a sequence; pack the tokens instead"
+            )
         mask_T = valid_T
         present = decide(lambda: Selection.from_mask(mask_T, layout))
         packed_PD = pack(hidden_TD, present.indices)
@@ -274,10 +276,10 @@ class SparseDenseFusion(nn.Module):
             of_token_T = of_sequence_B[:, None].expand(-1, taken.max_seqlen).flatten()
         else:
             of_token_T = of_sequence_B[taken.sequence_ids]
-        if not self.mesh.sequence_parallel:
+        if self.mesh.shards == 1:
             return of_token_T
-        sizes = taken.shard_sizes or even_shards(taken.tokens, self.mesh.tensor)
-        return of_token_T.split(sizes)[self.mesh.tensor_rank]
+        sizes = taken.shard_sizes or even_shards(taken.tokens, self.mesh.shards)
+        return of_token_T.split(sizes)[self.mesh.shard_rank]
 
     def _record(self, layout: TokenLayout, selection: Selection | None, *, rows: int) -> None:
         tape = current_tape()
