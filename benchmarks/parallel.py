@@ -2,8 +2,9 @@
 
     python benchmarks/parallel.py [--quick]
 
-Ranks are gloo processes with one thread each. More ranks than cores share them, so seconds of 4
-ranks on 2 cores say nothing about scaling; bytes are exact.
+Ranks are gloo processes with one thread each. More ranks than cores take turns, so seconds of 4
+ranks on 2 cores say nothing about scaling; bytes are exact. Beside each time stands what the
+planner predicts from rates that are measured just before and just after (`launch.machine_probe`).
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from adaptive.blocks.mixture_of_depths import MixtureOfDepths
 from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.routing.layout import TokenLayout
 from benchmarks.measure import median_ratio, medians, save
+from launch.machine_probe import probe
+from launch.machines import Machine, between
+from launch.step_time import Demand, LayerShape, layer_demand, ring_demand, seconds
 from parallel.cost import (
+    context_bytes,
     replicated_bytes,
     ring_bytes,
     score_bytes,
     tensor_bytes,
-    ulysses_bytes,
 )
 from parallel.mesh import Mesh
 from parallel.ranks import on_ranks
@@ -43,9 +47,10 @@ HEADS, HEAD_DIM = 8, 32
 DIM, FFN = HEADS * HEAD_DIM, 512
 ROWS = 4
 MESHES: dict[str, dict[str, Any]] = {
-    "tensor": {"tensor": True},
-    "tensor, sequence parallel": {"tensor": True, "sequence_parallel": True},
-    "context (Ulysses)": {"context": True},
+    "tensor": {"tensor": ...},
+    "tensor, sequence parallel": {"tensor": ..., "sequence_parallel": True},
+    "context (Ulysses)": {"context": ...},
+    "context (ring)": {"context": ..., "context_attention": "ring"},
 }
 
 
@@ -57,8 +62,15 @@ def main() -> None:
     results: dict[str, Any] = {"layer": {"dim": DIM, "ffn_dim": FFN, "heads": HEADS}}
     results["tokens"] = ROWS * seq_len
     for ranks in (2, 4):
-        found = on_ranks(_measure, ranks, seq_len, rounds, timeout=600)
-        results[f"{ranks} ranks"] = found
+        found, machine = on_ranks(_measure, ranks, seq_len, rounds, timeout=600)
+        for name, case in found.items():
+            mesh = None if name.startswith("ring") else mesh_of(name, ranks)
+            demand = (
+                ring(name, ranks, seq_len) if mesh is None else layer(name, mesh, seq_len, machine)
+            )
+            case["predicted"] = seconds(demand, machine, ranks=ranks).total
+            case["predicted_of_measured"] = case["predicted"] / case["seconds"]
+        results[f"{ranks} ranks"] = {"probe": machine.record(), **found}
         for name, case in found.items():
             print(f"{ranks} ranks, {name}: {_line(case)}")
             assert abs(case["sent"] / case["formula"] - 1) < 0.05, (name, case)
@@ -68,17 +80,61 @@ def main() -> None:
 
 def _line(case: dict[str, float]) -> str:
     seconds = f", {1000 * case['seconds']:.1f} ms"
+    seconds += f", predicted {1000 * case['predicted']:.1f}"
     ratio = f", {case['of_dense']:.3f} of dense time" if "of_dense" in case else ""
     return f"{case['sent'] / 1e6:.3f} MB sent, formula {case['formula'] / 1e6:.3f}{seconds}{ratio}"
 
 
-def _measure(seq_len: int, rounds: int) -> dict[str, dict[str, float]]:
-    """On every rank; means over ranks of what each sent."""
+def mesh_of(name: str, ranks: int) -> Mesh:
+    """Sizes of the mesh that a case is measured on, without groups."""
+    return Mesh(**_degrees(MESHES[name.rpartition(",")[0]], ranks))
+
+
+def _degrees(axes: dict[str, Any], ranks: int) -> dict[str, Any]:
+    return {key: ranks if value is ... else value for key, value in axes.items()}
+
+
+def layer(name: str, mesh: Mesh, seq_len: int, machine: Machine) -> Demand:
+    """What a rank does in one call of a layer."""
+    share = CAPACITY if name.endswith("routed") else 1.0
+    shape = LayerShape(DIM, HEADS, HEADS, HEAD_DIM, FFN, share)
+    module = _layer(Mesh.single(), None if share == 1 else share)
+    demand = layer_demand(
+        shape,
+        module,
+        rows=ROWS,
+        seq_len=seq_len,
+        mesh=mesh,
+        causal_share=machine.causal_share,
+    )
+    # The square whose sum is differentiated, and the sums of gradients.
+    own = ROWS * seq_len / mesh.shards
+    return demand + Demand(passes=4 * 12 * DIM * own, operators=10)
+
+
+def ring(name: str, ranks: int, seq_len: int) -> Demand:
+    """What a rank does in one call of ring attention: zigzag gives each as many pairs."""
+    tokens = ROWS * seq_len
+    # Of 2n x 2n blocks of pairs, those on or below the diagonal are computed.
+    pairs = (2 * ranks + 1) * ranks / (2 * ranks) ** 2 * tokens**2 / ranks
+    return ring_demand(
+        pairs=pairs,
+        tokens=tokens,
+        heads=HEADS,
+        kv_heads=HEADS,
+        head_dim=HEAD_DIM,
+        ranks=ranks,
+        scheme=name.split()[1].rstrip(","),
+    )
+
+
+def _measure(seq_len: int, rounds: int) -> tuple[dict[str, dict[str, float]], Machine]:
+    """On every rank; means over ranks of what each sent, and the machine's rates."""
     ranks = dist.get_world_size()
+    before = probe(DIM)
     found: dict[str, dict[str, float]] = {}
     for name, axes in MESHES.items():
-        degrees = {key: ranks if key != "sequence_parallel" else True for key in axes}
-        mesh = Mesh.create(**degrees)
+        mesh = Mesh.create(**_degrees(axes, ranks))
         calls = {}
         for kind, capacity in (("dense", None), ("routed", CAPACITY)):
             calls[f"{name}, {kind}"] = _layer_call(mesh, seq_len, capacity)
@@ -108,16 +164,21 @@ def _measure(seq_len: int, rounds: int) -> dict[str, dict[str, float]]:
             "steps": 2 * ranks,
             "messages": _messages(call),
         }
-    return found
+    return found, between(before, probe(DIM))
 
 
-def _layer_call(mesh: Mesh, seq_len: int, capacity: float | None) -> Any:
+def _layer(mesh: Mesh, capacity: float | None) -> nn.Module:
     torch.manual_seed(0)
     norms = [RMSNorm(DIM, mesh=mesh) for _ in range(2)]
     attention, ffn = Attention(DIM, HEADS, mesh=mesh), SwiGLU(DIM, FFN, mesh=mesh)
     module: nn.Module = DecoderLayer(norms[0], attention, norms[1], ffn)
     if capacity is not None:
         module = MixtureOfDepths(module, DIM, capacity=capacity, predictor="none", mesh=mesh)
+    return module
+
+
+def _layer_call(mesh: Mesh, seq_len: int, capacity: float | None) -> Any:
+    module = _layer(mesh, capacity)
     layout, own = TokenLayout.dense(ROWS, seq_len), ROWS * seq_len
     if mesh.shards > 1:
         sizes = even_shards(own, mesh.shards)
@@ -149,7 +210,7 @@ def _ring_call(seq_len: int, scheme: Any) -> Any:
 
 def _formula(mesh: Mesh, tokens: int, share: float) -> float:
     if mesh.context > 1:
-        total = ulysses_bytes(tokens, HEADS, HEADS, HEAD_DIM, mesh.context, share=share)
+        total = context_bytes(mesh, tokens, HEADS, HEADS, HEAD_DIM, share=share)
         if share < 1:
             total += score_bytes(tokens, mesh.context)
         return total

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from adaptive.flops import planned_flops
-from adaptive.models.decoder import DecoderConfig
+from adaptive.flops import Work
+from adaptive.models.decoder import Decoder, DecoderConfig
 from launch.config import RunConfig, load_config
 from launch.errors import BadInput, exit_on_bad_input
+from launch.machines import PUBLISHED, Machine, machine_of, with_given
 from launch.parity import parse_mesh
+from launch.step_time import (
+    Collective,
+    Demand,
+    LayerShape,
+    layer_collectives,
+    layer_operators,
+    layer_passes,
+    operations,
+    ring_steps,
+    seconds,
+    weight_passes,
+)
 from launch.tasks import task_class
 from parallel import cost
 from parallel.gradients import is_expert
@@ -22,21 +35,11 @@ from parallel.mesh import Mesh, data_degree
 
 _EPILOG = """\
 Memory: weights, gradients and Adam's moments as the ZeRO stage shards them, and the activations
-that one micro-batch keeps. Communication: the formulas of docs/parallelism.md. Time: products at
---tflops x --efficiency, plus bytes over --bandwidth (tensor, context, expert) and --network (data),
-nothing overlapped: an upper bound to compare meshes by, not a promise.
+that one micro-batch keeps. Communication: the formulas of docs/parallelism.md. Time: products,
+attention and element-wise passes at the machine's rates, plus a latency and bytes over bandwidth
+for every collective, nothing overlapped (launch/step_time.py). --machine this measures this machine
+first; the others are published peaks times shares that are assumed, not measured.
 """
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What one GPU has; the defaults are round figures of one with 80 GB."""
-
-    memory: float = 80.0
-    tflops: float = 400.0
-    efficiency: float = 0.4
-    bandwidth: float = 300.0
-    network: float = 40.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Plan:
         state: bytes of weights, gradients and optimizer.
         activations: bytes that one micro-batch keeps for its backward.
         sent: bytes that one rank sends in a step, by axis.
-        seconds: of a step.
+        compute, communication: seconds of a step.
     """
 
     mesh: Mesh
@@ -60,20 +63,25 @@ class Plan:
     state: float
     activations: float
     sent: dict[str, float]
-    seconds: float
+    compute: float
+    communication: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.communication
 
     @property
     def memory(self) -> float:
         return self.state + self.activations
 
 
-def plan(config: RunConfig, mesh: Mesh, hardware: Hardware, *, mixed: bool = True) -> Plan:
+def plan(config: RunConfig, mesh: Mesh, machine: Machine, *, mixed: bool = True) -> Plan:
     """Plan a language model's run on one mesh.
 
     Args:
         config: of the run; its model must be a Decoder's.
         mesh: sizes of the axes; no groups are needed.
-        hardware: of one GPU.
+        machine: what one rank has.
         mixed: 16-bit weights, gradients and activations with 32-bit optimizer state.
 
     Raises:
@@ -98,31 +106,109 @@ def plan(config: RunConfig, mesh: Mesh, hardware: Hardware, *, mixed: bool = Tru
         stage: _state_bytes(dense, experts, mesh, stage, mixed=mixed)
         for stage in ((0, 1, 2) if split else (0, 1, 2, 3))
     }
-    limit = hardware.memory * 1e9
-    fitting = [stage for stage, state in states.items() if state + activations <= limit]
+    fitting = [stage for stage, state in states.items() if state + activations <= machine.memory]
     stage = min(fitting, default=max(states))
-    sent = _step_bytes(model_config, mesh, micro * seq_len, accumulation, number)
-    sent["data"] = cost.gradient_bytes(dense, mesh.replicas, size=number)
-    sent["data"] += cost.gradient_bytes(experts, mesh.expert_data, size=number)
-    if stage == 3:
-        # Weights are gathered for the forward and again for the backward of each micro-batch.
-        sent["data"] *= (1 + 2 * accumulation) / 2
-    operations = planned_flops(
-        model_config, batch, seq_len, backward=True, recompute=model_config.recompute
+    demand = micro_batch_demand(model_config, mesh, micro, seq_len, machine, size=number)
+    demand = demand.times(accumulation)
+    demand += _update_demand(dense, experts, mesh, stage, accumulation, size=number)
+    sent = dict.fromkeys(("tensor", "context", "expert", "data"), 0.0)
+    for collective in demand.collectives:
+        sent[collective.axis] += collective.sent
+    time = seconds(demand, machine, ranks=mesh.world)
+    return Plan(
+        mesh,
+        stage,
+        micro,
+        accumulation,
+        states[stage],
+        activations,
+        sent,
+        time.compute,
+        time.communication,
     )
-    seconds = operations / mesh.world / (hardware.tflops * 1e12 * hardware.efficiency)
-    for axis, count in sent.items():
-        speed = hardware.network if axis == "data" else hardware.bandwidth
-        seconds += count / (speed * 1e9)
-    return Plan(mesh, stage, micro, accumulation, states[stage], activations, sent, seconds)
+
+
+def micro_batch_demand(
+    config: DecoderConfig, mesh: Mesh, rows: int, seq_len: int, machine: Machine, *, size: int
+) -> Demand:
+    """What one rank does for one micro-batch of `rows` rows, forward and backward.
+
+    A recomputed layer's forward runs again, and what it sends is sent again.
+    """
+    with torch.device("meta"):
+        model = Decoder(config)
+    work = Work.dense(rows, seq_len)
+    products, attention = operations(model, work, causal_share=machine.causal_share)
+    ranks, tokens = mesh.tensor * mesh.context, rows * seq_len
+    weights = sum(p.numel() / mesh.tensor / _spread(p, mesh) for p in model.parameters())
+    passes = weight_passes(weights, size=size)
+    demand = Demand(products / ranks, attention / ranks, passes)
+    head = config.dim // config.num_heads if config.head_dim is None else config.head_dim
+    experts = config.mixture_of_experts
+    for share in _shares(config):
+        shape = LayerShape(
+            config.dim,
+            config.num_heads,
+            config.kv_heads,
+            head,
+            _ffn_rows(config),
+            share,
+            0 if experts is None else experts.top_k,
+        )
+        layer = Demand(
+            passes=layer_passes(shape, tokens, mesh, size=size),
+            operators=layer_operators(shape),
+            collectives=layer_collectives(shape, rows, seq_len, mesh, size=size),
+        )
+        layer += ring_steps(shape, tokens, mesh, size=size)
+        demand += layer.times(4 / 3) if config.recompute else layer
+    # The last norm and the embedding's rows; logits and their softmax, in 32 bits.
+    here = tokens / mesh.context
+    demand += Demand(
+        passes=20 * config.dim * here * size + 8 * config.vocab_size / mesh.tensor * here * 4,
+        operators=100,
+    )
+    # Embedding and output: one split product together.
+    if mesh.tensor > 1:
+        rows_sent = cost.tensor_bytes(here, config.dim, mesh.tensor, splits=1, size=size)
+        demand += Demand(
+            collectives=(Collective("tensor", "all_reduce", mesh.tensor, 2, rows_sent),)
+        )
+    return demand
+
+
+def _spread(parameter: nn.Parameter, mesh: Mesh) -> int:
+    return mesh.expert if is_expert(parameter) else 1
+
+
+def _update_demand(
+    dense: int, experts: int, mesh: Mesh, stage: int, accumulation: int, *, size: int
+) -> Demand:
+    """The average of gradients and Adam's update."""
+    demand = Demand()
+    for count, copies in ((dense, mesh.replicas), (experts, mesh.expert_data)):
+        updated = count / (copies if stage >= 1 else 1)
+        # Gradient, weight and two moments are read, weight and moments written, in 32 bits.
+        demand += Demand(passes=7 * 4 * updated)
+        if copies > 1 and count:
+            sent = cost.gradient_bytes(count, copies, size=size)
+            if stage == 3:
+                # Weights are gathered for the forward and the backward of each micro-batch.
+                sent *= (1 + 2 * accumulation) / 2
+            buckets = -(-sent // 500e6)
+            demand += Demand(
+                collectives=(Collective("data", "all_reduce", mesh.world, buckets, sent),)
+            )
+    return demand
 
 
 def activation_numbers(config: DecoderConfig, mesh: Mesh, tokens: int) -> float:
     """Numbers that the forward of a micro-batch keeps on one rank for its backward.
 
-    A layer keeps, for each token that it computes, the input of both norms, the normed rows and
-    those times the weight (a fused norm keeps one less); inside the split products queries, keys,
-    values and their result, and four rows of feed-forward width. A router keeps its input, which
+    A layer keeps, for each token that it computes, the input of both norms, the normed rows (a
+    fused norm keeps none) and those times the weight, which tensor ranks hold for all tokens;
+    inside the split products queries, keys, values and their result, and four rows of feed-forward
+    width. A router keeps its input, which
     is every token. Under recomputation only each layer's input stays. The last norm and the
     softmax of the logits come on top. A flash kernel for attention is assumed, without scores.
     """
@@ -135,7 +221,8 @@ def activation_numbers(config: DecoderConfig, mesh: Mesh, tokens: int) -> float:
         if config.recompute:
             total += outside_tokens * config.dim
             continue
-        total += share * (6 * config.dim * outside_tokens + inside * here / mesh.tensor)
+        total += share * (4 * config.dim * outside_tokens + inside * here / mesh.tensor)
+        total += share * 2 * config.dim * here
         total += outside_tokens * config.dim if share < 1 else 0
     total += 3 * outside_tokens * config.dim
     return total + here * config.vocab_size / mesh.tensor
@@ -144,17 +231,20 @@ def activation_numbers(config: DecoderConfig, mesh: Mesh, tokens: int) -> float:
 def candidates(config: RunConfig, gpus: int) -> Iterator[Mesh]:
     """Every mesh of powers of two that the model's sizes allow."""
     model = config.model
-    experts = model.mixture_of_experts
+    experts, way = model.mixture_of_experts, config.parallel.context_attention
     powers = [1 << n for n in range(gpus.bit_length())]
     for tensor in (n for n in powers if n <= 8 and model.kv_heads % n == 0):
-        for context in (n for n in powers if model.num_heads // tensor % n == 0):
+        for context in powers:
             if context > 1 and config.data.seq_len < 4096:
+                continue
+            if way == "ulysses" and model.num_heads // tensor % context:
                 continue
             for expert in powers if experts is not None else [1]:
                 if experts is not None and experts.num_experts % expert:
                     continue
                 try:
-                    yield _mesh(gpus, {"tensor": tensor, "context": context, "expert": expert})
+                    axes = {"tensor": tensor, "context": context, "expert": expert}
+                    yield _mesh(gpus, {**axes, "context_attention": way})
                 except BadInput:
                     continue
 
@@ -165,8 +255,16 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_config(options.config, options.overrides)
         if not isinstance(config.model, DecoderConfig):
             raise BadInput(f"task={config.task}: only language models can be planned")
-        names = ("memory", "tflops", "efficiency", "bandwidth", "network")
-        hardware = Hardware(**{name: getattr(options, name) for name in names})
+        mixed = not options.float32
+        machine = machine_of(
+            options.machine,
+            ranks=options.gpus,
+            dim=config.model.dim,
+            mixed=mixed,
+            efficiency=options.efficiency,
+        )
+        given = ("memory", "tflops", "bandwidth", "network")
+        machine = with_given(machine, **{name: getattr(options, name) for name in given})
         meshes = (
             [_mesh(options.gpus, parse_mesh(text)) for text in options.meshes]
             if options.meshes
@@ -175,37 +273,40 @@ def main(arguments: list[str] | None = None) -> None:
         plans, refused = [], []
         for mesh in meshes:
             try:
-                plans.append(plan(config, mesh, hardware, mixed=not options.float32))
+                plans.append(plan(config, mesh, machine, mixed=mixed))
             except BadInput as error:
                 refused.append(str(error))
         if not plans:
             raise BadInput(refused[0] if refused else f"--gpus={options.gpus}: no mesh divides")
-    print(table(plans, hardware))
+    print(f"{machine.name}: {machine.source}")
+    print(table(plans, machine))
 
 
-def table(plans: list[Plan], hardware: Hardware) -> str:
+def table(plans: list[Plan], machine: Machine) -> str:
     """Meshes that fit first, fastest first."""
-    limit = hardware.memory * 1e9
+    limit = machine.memory
     plans = sorted(plans, key=lambda p: (p.memory > limit, p.seconds))
     lines = [
         f"{'mesh':<44} {'ZeRO':>4} {'micro':>5} {'state':>8} {'activ.':>8} {'memory':>8} "
-        f"{'sent':>9} {'step':>8}"
+        f"{'sent':>9} {'compute':>8} {'commun.':>8} {'step':>8}"
     ]
     for one in plans:
         sizes = [("data", one.mesh.data), ("tensor", one.mesh.tensor)]
         sizes += [("context", one.mesh.context), ("expert", one.mesh.expert)]
         name = ",".join(f"{axis}={size}" for axis, size in sizes if size > 1) or "data=1"
         name += ",sequence_parallel" if one.mesh.sequence_parallel else ""
-        verdict = "" if one.memory <= limit else f"  does not fit in {hardware.memory:g} GB"
+        name += ",ring" if one.mesh.ring else ""
+        verdict = "" if one.memory <= limit else f"  does not fit in {limit / 1e9:g} GB"
         lines.append(
             f"{name:<44} {one.zero_stage:>4} {one.micro_batch:>5} {one.state / 1e9:>6.1f}GB "
             f"{one.activations / 1e9:>6.1f}GB {one.memory / 1e9:>6.1f}GB "
-            f"{sum(one.sent.values()) / 1e9:>7.2f}GB {one.seconds:>7.3f}s{verdict}"
+            f"{sum(one.sent.values()) / 1e9:>7.2f}GB {one.compute:>7.3f}s "
+            f"{one.communication:>7.3f}s {one.seconds:>7.3f}s{verdict}"
         )
     return "\n".join(lines)
 
 
-def _mesh(gpus: int, given: dict[str, int | bool]) -> Mesh:
+def _mesh(gpus: int, given: Mapping[str, Any]) -> Mesh:
     axes = {name: int(given.get(name, 1)) for name in ("tensor", "context", "expert")}
     asked = given.get("data")
     try:
@@ -213,8 +314,13 @@ def _mesh(gpus: int, given: dict[str, int | bool]) -> Mesh:
     except ValueError as error:
         raise BadInput(str(error)) from None
     # Splitting tokens costs the same bytes and saves memory, so it is on where it can be.
-    splits = axes["tensor"] > 1 and axes["context"] == 1
-    return Mesh(data=data, **axes, sequence_parallel=bool(given.get("sequence_parallel", splits)))
+    splits = axes["tensor"] > 1
+    return Mesh(
+        data=data,
+        **axes,
+        sequence_parallel=bool(given.get("sequence_parallel", splits)),
+        context_attention=given.get("context_attention", "ulysses"),
+    )
 
 
 def _local_model(config: RunConfig, mesh: Mesh) -> nn.Module:
@@ -256,37 +362,7 @@ def _state_bytes(dense: int, experts: int, mesh: Mesh, stage: int, *, mixed: boo
     return total
 
 
-def _step_bytes(
-    config: DecoderConfig, mesh: Mesh, tokens: int, accumulation: int, number: int
-) -> dict[str, float]:
-    """Bytes that one rank sends inside the forwards and backwards of a step."""
-    head = config.dim // config.num_heads
-    here = tokens // mesh.context
-    sent = {"tensor": 0.0, "context": 0.0, "expert": 0.0}
-    experts = config.mixture_of_experts
-    for share in _shares(config):
-        routed = share < 1
-        sent["tensor"] += cost.tensor_bytes(here, config.dim, mesh.tensor, share=share, size=number)
-        if mesh.sequence_parallel:
-            numbers = (3 if routed else 2) * config.dim
-            sent["tensor"] += cost.replicated_bytes(numbers, mesh.tensor, size=number)
-            sent["tensor"] += cost.score_bytes(tokens, mesh.tensor) if routed else 0
-        heads = (config.num_heads // mesh.tensor, config.kv_heads // mesh.tensor)
-        sent["context"] += cost.ulysses_bytes(
-            tokens, *heads, head, mesh.context, share=share, size=number
-        )
-        sent["context"] += cost.score_bytes(tokens, mesh.context) if routed else 0
-        if experts is not None:
-            sent["expert"] += cost.expert_bytes(
-                round(share * here), config.dim, mesh.expert, top_k=experts.top_k, size=number
-            )
-    # Embedding and output: one split product together.
-    sent["tensor"] += cost.tensor_bytes(here, config.dim, mesh.tensor, splits=1, size=number)
-    return {axis: accumulation * count for axis, count in sent.items()}
-
-
 def _parser() -> argparse.ArgumentParser:
-    defaults: Any = Hardware()
     parser = argparse.ArgumentParser(
         prog="python -m launch.plan",
         description="Memory, communication and time of a run on every mesh of so many GPUs.",
@@ -298,15 +374,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, required=True, help="ranks")
     parser.add_argument("--meshes", nargs="+", metavar="MESH", help="only these")
     parser.add_argument("--float32", action="store_true", help="32-bit throughout; else mixed")
+    machines = f"this, {', '.join(sorted(PUBLISHED))}"
+    parser.add_argument("--machine", default="h100", help=f"{machines} (h100)")
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=0.5,
+        help="share of a published peak that products and attention reach (0.5)",
+    )
     for name, unit in (
-        ("memory", "GB of one GPU"),
-        ("tflops", "peak of one GPU"),
-        ("efficiency", "share of the peak that products reach"),
-        ("bandwidth", "GB/s between GPUs of a machine"),
-        ("network", "GB/s of one GPU between machines"),
+        ("memory", "GB of one rank"),
+        ("tflops", "TFLOP/s that products and attention reach"),
+        ("bandwidth", "GB/s that a rank sends to others of its machine"),
+        ("network", "GB/s that a rank sends to other machines"),
     ):
-        default = getattr(defaults, name)
-        parser.add_argument(f"--{name}", type=float, default=default, help=f"{unit} ({default:g})")
+        parser.add_argument(f"--{name}", type=float, help=f"{unit} (the machine's)")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
 from launch.config import RunConfig, from_mapping
-from launch.plan import Hardware, activation_numbers, main, plan
+from launch.machines import PUBLISHED, with_given
+from launch.plan import activation_numbers, main, plan
 from parallel.mesh import Mesh
 from parallel.traffic import Traffic
 from tests.ranks import run_ranks
 
 ROWS, SEQ_LEN = 4, 128
+H100 = PUBLISHED["h100"].machine(mixed=False)
 MODEL = DecoderConfig(
     vocab_size=256,
     dim=64,
@@ -39,9 +42,9 @@ def run_config(**model: object) -> RunConfig:
     )
 
 
-def _real(degrees: dict[str, int | bool], model: DecoderConfig) -> tuple[int, int, int]:
+def _real(degrees: dict[str, Any], model: DecoderConfig) -> tuple[int, int, int]:
     """Weights held, numbers kept and bytes sent by this rank."""
-    mesh = Mesh.create(**degrees)  # type: ignore[arg-type]
+    mesh = Mesh.create(**degrees)
     torch.manual_seed(0)
     decoder = Decoder(model, mesh=mesh)
     held = sum(p.numel() for p in decoder.parameters())
@@ -69,22 +72,23 @@ def _real(degrees: dict[str, int | bool], model: DecoderConfig) -> tuple[int, in
         {"tensor": 2},
         {"tensor": 2, "sequence_parallel": True},
         {"context": 2},
+        {"context": 2, "context_attention": "ring"},
+        {"tensor": 2, "context": 2, "sequence_parallel": True},
     ],
     ids=str,
 )
-def test_plan_is_what_real_ranks_hold_keep_and_send(degrees: dict[str, int | bool]) -> None:
-    by_rank = run_ranks(_real, 2, degrees, MODEL)
-    sizes = {k: v for k, v in degrees.items() if k != "sequence_parallel"}
-    mesh = Mesh(**sizes, sequence_parallel="sequence_parallel" in degrees)  # type: ignore[arg-type]
-    planned = plan(run_config(), mesh, Hardware(), mixed=False)
+def test_plan_is_what_real_ranks_hold_keep_and_send(degrees: dict[str, Any]) -> None:
+    mesh = Mesh(**degrees)
+    by_rank = run_ranks(_real, mesh.world, degrees, MODEL)
+    planned = plan(run_config(), mesh, H100, mixed=False)
     held = by_rank[0][0]
     # Weight, gradient and two moments of 4 bytes each: ZeRO 0, everything fits.
     assert planned.zero_stage == 0
     assert planned.state == held * 16
-    kept = sum(numbers for _, numbers, _ in by_rank) / 2
+    kept = sum(numbers for _, numbers, _ in by_rank) / mesh.world
     # Rotary tables, log-sum-exps and masks are left out.
     assert activation_numbers(MODEL, mesh, ROWS * SEQ_LEN) == pytest.approx(kept, rel=0.2)
-    sent = sum(count for _, _, count in by_rank) / 2
+    sent = sum(count for _, _, count in by_rank) / mesh.world
     inside = sum(count for axis, count in planned.sent.items() if axis != "data")
     # The cross-entropy's three numbers a token are left out.
     assert inside == pytest.approx(sent, rel=0.05)
@@ -92,12 +96,13 @@ def test_plan_is_what_real_ranks_hold_keep_and_send(degrees: dict[str, int | boo
 
 def test_zero_stage_is_the_lowest_that_fits() -> None:
     mesh = Mesh(data=4)
-    whole = plan(run_config(), mesh, Hardware(), mixed=False)
+    whole = plan(run_config(), mesh, H100, mixed=False)
     stages = []
     # Of 16 bytes a weight, 4 ranks save 6 of the optimizer's 8, 3 of the gradient, 3 of itself.
     for spared in (0.0, 0.3, 0.5, 0.7):
         limit = (whole.state * (1 - spared) + whole.activations) / 1e9
-        stages.append(plan(run_config(), mesh, Hardware(memory=limit), mixed=False).zero_stage)
+        small = with_given(H100, memory=limit)
+        stages.append(plan(run_config(), mesh, small, mixed=False).zero_stage)
     assert stages == [0, 1, 2, 3]
 
 
@@ -112,6 +117,7 @@ def test_recomputation_keeps_less() -> None:
     [
         (["--gpus", "6", "--meshes", "tensor=4"], "tensor=4: must divide the 6 ranks"),
         (["--gpus", "3", "--meshes", "tensor=3"], "vocab_size=256: must be a multiple of tensor=3"),
+        (["--gpus", "2", "--machine", "b9"], "--machine=b9: must be one of this, a100, h100, h200"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -127,6 +133,8 @@ def test_bad_input_is_one_line(
 
 def test_table_names_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--config", "recipes/mod_lm.yaml", "--gpus", "4", "--memory", "0.01"])
-    lines = capsys.readouterr().out.strip().splitlines()
+    source, *lines = capsys.readouterr().out.strip().splitlines()
+    assert "published peaks" in source
+    assert "not measured" in source
     assert lines[0].split()[:3] == ["mesh", "ZeRO", "micro"]
     assert any("does not fit in 0.01 GB" in line for line in lines)
