@@ -29,6 +29,7 @@ def check_run(config: RunConfig, *, ranks: int) -> None:
         data = data_degree(ranks, tensor=axes.tensor, context=axes.context, expert=axes.expert)
     except ValueError as error:
         raise BadInput(f"parallel.{error}") from None
+    mesh = Mesh(**{**vars(axes), "data": data})
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise BadInput(f"output={config.output}: is a file, must be a folder")
@@ -37,7 +38,7 @@ def check_run(config: RunConfig, *, ranks: int) -> None:
         check_zero(stage, tensor=axes.tensor, expert=axes.expert)
         engine_settings(phase, data)
         task_class(phase.task).check(phase)
-        meta_model(phase)
+        meta_model(phase, mesh)
     # Sizes only: the run itself compares the checksums, once.
     source = starting_checkpoint(config, checksums=False)
     if source is not None:
@@ -80,16 +81,17 @@ def check_continues(config: RunConfig, source: Path) -> None:
         ) from None
 
 
-def meta_model(config: RunConfig) -> nn.Module:
-    """The model without memory for its weights.
+def meta_model(config: RunConfig, mesh: Mesh | None = None) -> nn.Module:
+    """The model without memory for its weights; one rank's part on a mesh of these sizes.
 
     Raises:
         BadInput: what its blocks refuse.
     """
     device = torch.device("meta")
+    mesh = Mesh.single() if mesh is None else mesh
     try:
         with device:
-            task = task_class(config.task)(config, mesh=Mesh.single(), device=device)
+            task = task_class(config.task)(config, mesh=mesh, device=device)
             return task.build_model()
     except ValueError as error:
         raise BadInput(f"model: {error}") from None

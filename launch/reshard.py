@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ def reshard(source: Path, output: Path) -> tuple[Path, WholeState]:
     return written, whole
 
 
-def verify(checkpoint: Path, whole: WholeState, mesh: dict[str, int | bool], stage: int) -> str:
+def verify(checkpoint: Path, whole: WholeState, mesh: dict[str, Any], stage: int) -> str:
     """Load a checkpoint on the ranks of a mesh, gather it and compare.
 
     Returns:
@@ -58,7 +59,11 @@ def verify(checkpoint: Path, whole: WholeState, mesh: dict[str, int | bool], sta
         data_degree(ranks, **axes)
     except ValueError as error:
         raise BadInput(f"--to: {error}") from None
-    parallel = ParallelConfig(**axes, sequence_parallel=bool(mesh.get("sequence_parallel")))
+    parallel = ParallelConfig(
+        **axes,
+        sequence_parallel=bool(mesh.get("sequence_parallel")),
+        context_attention=mesh.get("context_attention", "ulysses"),
+    )
     config = dataclasses.replace(
         whole.config,
         parallel=parallel,

@@ -102,6 +102,38 @@ def test_one_line_names_the_value_and_the_rule(word: str, line: str, refused: Re
     assert refused(word).startswith(f"error: {line}")
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["parallel.tensor=2", "model.num_heads=1", "model.num_kv_heads=1"],
+            "model: num_heads=1: must be a multiple of tensor=2; tensor may be 1",
+        ),
+        (
+            ["parallel.context=2", "model.dim=48", "model.num_heads=3", "model.num_kv_heads=3"],
+            "model: context=2: must divide the 3 heads of a tensor rank; may be 1, or any with "
+            "context_attention=ring",
+        ),
+        (
+            ["parallel.expert=2", "model.mixture_of_experts={num_experts: 3}"],
+            "model: num_experts=3: must be a multiple of the expert axis 2; expert may be 1",
+        ),
+        (
+            ["parallel.tensor=2", "model.pattention={tokens: 7}"],
+            "model: num_tokens=7: must be a multiple of tensor=2; tensor may be 1",
+        ),
+        (
+            ["parallel.context_attention=star"],
+            "parallel.context_attention='star': must be one of 'ulysses', 'ring'",
+        ),
+    ],
+)
+def test_what_a_mesh_cannot_split_is_refused_before_any_rank_starts(
+    words: list[str], line: str, refused: Refused
+) -> None:
+    assert refused(*words) == f"error: {line}"
+
+
 def test_empty_and_short_data_are_refused(folder: Path, refused: Refused) -> None:
     (folder / "empty.txt").write_text("")
     assert "empty.txt: no text in it" in refused(f"data.path={folder / 'empty.txt'}")
