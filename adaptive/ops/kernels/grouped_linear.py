@@ -23,6 +23,7 @@ from adaptive.ops.kernels.launching import (
     cdiv,
     computing_dtype,
     contiguous_rows,
+    device_function,
     dot_precision,
     next_power_of_2,
     on_device,
@@ -32,7 +33,7 @@ from adaptive.ops.kernels.launching import (
 # mypy: disable-error-code="no-untyped-def"
 
 
-@triton.jit
+@device_function
 def _expert_of(counts, tile, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     """(expert, its first row of this tile, its end) of a row block; expert = EXPERTS if none."""
     e = tl.arange(0, BLOCK_E)

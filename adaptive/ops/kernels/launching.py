@@ -6,7 +6,9 @@ Triton reads TRITON_INTERPRET when it is first imported; under it, kernels run o
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton
@@ -67,9 +69,18 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-@triton.jit
+def device_function(function: Callable[..., Any]) -> Any:
+    """Decorates what kernels call.
+
+    Interpreted, it stays as it is: Triton patches its whole language anew at every call of a jitted
+    function, which was most of the interpreter's time.
+    """
+    return function if INTERPRETED else triton.jit(function)
+
+
+@device_function
 def tile_dot(a, b, accumulator, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """accumulator + a @ b in float32. The interpreter has no product of bfloat16 tiles."""
+    """accumulator (None: 0) + a @ b in float32. Interpreted, bfloat16 tiles have no product."""
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.kernels.launching import cdiv, on_device, row_blocks
+from adaptive.ops.kernels.launching import cdiv, device_function, on_device, row_blocks
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -31,18 +31,18 @@ CHUNK_BYTES = 32 << 20
 NORM_FIRST = {"l2_norm_gelu": True, "gelu_l2_norm": False}
 
 
-@triton.jit
+@device_function
 def _gelu(z):
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
-@triton.jit
+@device_function
 def _gelu_slope(z):
     density = tl.exp(-0.5 * z * z) * 0.3989422804014327
     return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
 
 
-@triton.jit
+@device_function
 def _over_norm(squares, scale):
     # A row of zeros has no direction: its weights and gradients are zero. The bound is the smallest
     # normal float32; Triton takes a smaller number for a float64.

@@ -12,7 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaptive.ops.kernels.launching import INTERPRETED, cdiv, next_power_of_2, on_device
+from adaptive.ops.kernels.launching import (
+    INTERPRETED,
+    cdiv,
+    device_function,
+    next_power_of_2,
+    on_device,
+)
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -23,7 +29,7 @@ PROGRAMS = 2 if INTERPRETED else 128
 """About one a multiprocessor; with more rows than that, short ones share a program."""
 
 
-@triton.jit
+@device_function
 def _sortable(scores, at, mask):
     """uint32 that ascend with the scores: NaN highest, -0 like 0, what is masked lowest."""
     x = tl.load(scores + at, mask=mask, other=0).to(tl.float32) + 0.0

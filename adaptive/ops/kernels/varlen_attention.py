@@ -26,6 +26,7 @@ from adaptive.ops.kernels.launching import (
     INTERPRETED,
     cdiv,
     computing_dtype,
+    device_function,
     dot_precision,
     on_device,
     tile_dot,
@@ -41,7 +42,7 @@ from adaptive.routing.layout import TokenLayout
 # mypy: disable-error-code="no-untyped-def"
 
 
-@triton.jit
+@device_function
 def _attend(
     total,
     denominator,
@@ -72,8 +73,7 @@ def _attend(
         inside = (n < k_len)[:, None] & (h < HEAD)[None, :]
         rows = (k_start + n).to(tl.int64)[:, None]
         k_NH = tl.load(k + rows * k_row + h[None, :], mask=inside, other=0)
-        scores = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-        scores = tile_dot(q, tl.trans(k_NH), scores, PRECISION) * scale_log2
+        scores = tile_dot(q, tl.trans(k_NH), None, PRECISION) * scale_log2
         if MASKED:
             allowed = (n < k_len)[None, :]
             if CAUSAL == 1:

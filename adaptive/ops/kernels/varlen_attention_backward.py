@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaptive.ops.kernels.launching import INTERPRETED, cdiv, dot_precision, on_device, tile_dot
+from adaptive.ops.kernels.launching import (
+    INTERPRETED,
+    cdiv,
+    device_function,
+    dot_precision,
+    on_device,
+    tile_dot,
+)
 from adaptive.ops.kernels.varlen_visibility import (
     head_columns,
     interpreted_blocks,
@@ -26,7 +33,7 @@ from adaptive.ops.kernels.varlen_visibility import (
 # mypy: disable-error-code="no-untyped-def"
 
 
-@triton.jit
+@device_function
 def _add_queries(
     grad_k,
     grad_v,
@@ -67,8 +74,7 @@ def _add_queries(
         if CAUSAL == 2:
             q_at = tl.load(q_positions + rows, mask=m < q_len, other=-1).to(tl.int32)
         # Keys by queries, so that both accumulations multiply it as it lies, without transposing.
-        p_NM = tl.zeros((k_NH.shape[0], BLOCK_M), tl.float32)
-        p_NM = tile_dot(k_NH, tl.trans(q_MH), p_NM, PRECISION) * (scale * 1.4426950408889634)
+        p_NM = tile_dot(k_NH, tl.trans(q_MH), None, PRECISION) * (scale * 1.4426950408889634)
         p_NM = tl.exp2(p_NM - lse_M[None, :] * 1.4426950408889634)
         if MASKED:
             # Also where lse is -inf: a query without keys has no allowed pair.
@@ -79,7 +85,7 @@ def _add_queries(
                 allowed = allowed & (k_at[:, None] <= q_at[None, :])
             p_NM = tl.where(allowed, p_NM, 0.0)
         grad_v = tile_dot(p_NM.to(g_MH.dtype), g_MH, grad_v, PRECISION)
-        grad_p_NM = tile_dot(v_NH, tl.trans(g_MH), tl.zeros_like(p_NM), PRECISION)
+        grad_p_NM = tile_dot(v_NH, tl.trans(g_MH), None, PRECISION)
         grad_s_NM = (p_NM * (grad_p_NM - delta_M[None, :])).to(q_MH.dtype)
         grad_k = tile_dot(grad_s_NM, q_MH, grad_k, PRECISION)
     return grad_k, grad_v
@@ -161,7 +167,7 @@ def _keys_and_values(
     tl.store(grad_v + to, total_v, mask=inside)
 
 
-@triton.jit
+@device_function
 def _add_keys(
     grad_q,
     q_MH,
@@ -194,8 +200,7 @@ def _add_keys(
         rows = (k_start + n).to(tl.int64)[:, None]
         k_NH = tl.load(k + rows * k_row + h[None, :], mask=inside, other=0)
         v_NH = tl.load(v + rows * v_row + h[None, :], mask=inside, other=0)
-        p = tl.zeros((q_MH.shape[0], BLOCK_N), tl.float32)
-        p = tile_dot(q_MH, tl.trans(k_NH), p, PRECISION) * (scale * 1.4426950408889634)
+        p = tile_dot(q_MH, tl.trans(k_NH), None, PRECISION) * (scale * 1.4426950408889634)
         p = tl.exp2(p - lse_M[:, None] * 1.4426950408889634)
         if MASKED:
             allowed = (n < k_len)[None, :]
@@ -205,7 +210,7 @@ def _add_keys(
                 k_at = tl.load(k_positions + k_start + n, mask=n < k_len, other=0).to(tl.int32)
                 allowed = allowed & (k_at[None, :] <= q_at[:, None])
             p = tl.where(allowed, p, 0.0)
-        grad_p = tile_dot(g_MH, tl.trans(v_NH), tl.zeros_like(p), PRECISION)
+        grad_p = tile_dot(g_MH, tl.trans(v_NH), None, PRECISION)
         grad_s = (p * (grad_p - delta_M[:, None])).to(k_NH.dtype)
         grad_q = tile_dot(grad_s, k_NH, grad_q, PRECISION)
     return grad_q

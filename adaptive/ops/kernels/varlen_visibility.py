@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaptive.ops.kernels.launching import interpreted_block
+from adaptive.ops.kernels.launching import device_function, next_power_of_2
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -39,12 +38,15 @@ def head_columns(x_THh: Tensor) -> Tensor:
 
 
 def interpreted_blocks(max_queries: int, max_keys: int) -> dict[str, int]:
-    """Tiles of every attention kernel where they run interpreted."""
-    blocks = {"BLOCK_M": interpreted_block(max_queries), "BLOCK_N": interpreted_block(max_keys)}
-    return {**blocks, "num_warps": 4, "num_stages": 1}
+    """Tiles of every attention kernel where they run interpreted: few, as heads make many programs.
+
+    The kernels' own tests ask for smaller ones.
+    """
+    m, n = (max(16, min(next_power_of_2(length), 128)) for length in (max_queries, max_keys))
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
 
 
-@triton.jit
+@device_function
 def visible_keys(
     block,
     q_start,
@@ -82,7 +84,7 @@ def visible_keys(
     return full, end
 
 
-@triton.jit
+@device_function
 def visible_queries(
     block,
     q_start,

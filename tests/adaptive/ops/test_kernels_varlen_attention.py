@@ -23,6 +23,14 @@ from tests.adaptive.ops.kernel_checks import (
 )
 
 
+@pytest.fixture(autouse=True)
+def small_interpreted_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks a sequence at sizes that the interpreter can bear."""
+    blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    for kernels in (forward, backward):
+        monkeypatch.setattr(kernels, "interpreted_blocks", lambda *_: blocks)
+
+
 def dense_attention(q, k, v, allowed):
     """(out, log-sum-exp) with `allowed` [Q, T]; a query without a key gets zeros and -inf."""
     group = q.shape[1] // k.shape[1]
