@@ -34,13 +34,17 @@ def product(
 
     Args:
         a_MK: [M, K].
-        b_KN: [K, N], same dtype and device. Transposed views cost nothing.
+        b_KN: [K, N], same dtype and device.
         bias: [N] or None.
         out: [M, N], memory that may be used for the result. The result is what is returned;
             whether it lies there depends on the library.
     """
     worth = worth_compiling(a_MK.shape[0], b_KN)
     if worth and by_onednn(a_MK) and _whole(a_MK) and _whole(b_KN):
+        if bias is None and not a_MK.is_contiguous() and a_MK.shape[0] > 2 * b_KN.shape[1]:
+            # The call copies a first factor that is a transposed view. Here the other is smaller.
+            transposed_MN = _onednn(b_KN.t(), a_MK, None, "none", [], "").t()
+            return transposed_MN.contiguous() if out is None else out.copy_(transposed_MN)
         return _onednn(a_MK, b_KN.t(), bias, "none", [], "")
     if bias is not None:
         return torch.addmm(bias, a_MK, b_KN)

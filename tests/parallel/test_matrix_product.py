@@ -7,7 +7,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel import matrix_product
 from parallel.matrix_product import add_product, by_onednn, product
 
-SHAPES = [(0, 5, 7), (1, 1, 1), (3, 70, 5), (130, 129, 131), (16, 1024, 1025), (4096, 33, 65)]
+SHAPES = [
+    (0, 5, 7),
+    (1, 1, 1),
+    (3, 70, 5),
+    (130, 129, 131),
+    (16, 1024, 1025),
+    (4096, 33, 65),
+    (200, 64, 16),
+]
 
 
 @pytest.fixture(params=["onednn", "mkl"])
