@@ -205,6 +205,20 @@ def gather_columns(x_Tv: Tensor, mesh: Mesh) -> Tensor:
     return x_Tv if mesh.tensor_group is None else _GatherColumns.apply(x_Tv, mesh)
 
 
+def gather_shards(
+    x_tD: Tensor, mesh: Mesh, *, shard_sizes: tuple[int, ...] | None = None
+) -> Tensor:
+    """Every shard's rows under sequence parallelism: [t, D] -> [T, D] on every tensor rank.
+
+    For what is the same computation on every rank afterwards: backward keeps own rows.
+    """
+    if mesh.tensor_group is None or not mesh.sequence_parallel:
+        return x_tD
+    even = (x_tD.shape[0],) * mesh.tensor
+    sizes = even if shard_sizes is None else mesh.tensor_sizes(shard_sizes)
+    return _GatherShards.apply(x_tD, mesh, sizes)
+
+
 def vocab_cross_entropy(logits_Tv: Tensor, targets_T: Tensor, mesh: Mesh) -> Tensor:
     """Cross-entropy, nats, float32 [T], of logits that `column_linear` left split."""
     logits_Tv = logits_Tv.float()
@@ -284,3 +298,15 @@ class _GatherColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor, None]:
         return grad_TV.chunk(ctx.mesh.tensor, -1)[ctx.mesh.tensor_rank].contiguous(), None
+
+
+class _GatherShards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_tD: Tensor, mesh: Mesh, sizes: tuple[int, ...]) -> Tensor:
+        ctx.rank, ctx.sizes = mesh.tensor_rank, sizes
+        assert mesh.tensor_group is not None
+        return all_gather_rows(x_tD, mesh.tensor_group, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        return grad_TD.split(list(ctx.sizes))[ctx.rank].contiguous(), None, None

@@ -17,6 +17,7 @@ from adaptive.models.alignment import AlignedFusion, AlignmentConfig
 from adaptive.models.diffusion_layers import (
     AxialRotary,
     DiffusionBlock,
+    OwnRowsLinear,
     TimeEmbedding,
     VelocityHead,
     patchify,
@@ -26,8 +27,9 @@ from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.routing.keeping import Keeping, check_keeping
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.tape import current_tape
-from parallel.linear import Linear
 from parallel.mesh import Mesh
+from parallel.sequence import even_shards
+from parallel.tensor import gather_shards
 
 Guidance = Literal["path_drop", "classifier_free"]
 
@@ -152,7 +154,7 @@ class DiffusionTransformer(nn.Module):
         self.config = config
         self.mesh = mesh = Mesh.single() if mesh is None else mesh
         patch_dim = config.channels * config.patch_size**2
-        self.patch_embedding = Linear(patch_dim, config.dim)
+        self.patch_embedding = OwnRowsLinear(patch_dim, config.dim, mesh=mesh)
         nn.init.xavier_uniform_(self.patch_embedding.weight)
         nn.init.zeros_(self.patch_embedding.bias)
         self.time_embedding = TimeEmbedding(config.dim)
@@ -169,11 +171,8 @@ class DiffusionTransformer(nn.Module):
             raise ValueError(
                 f"context={mesh.context}: must be 1, a diffusion transformer's images are short"
             )
-        if mesh.sequence_parallel:
-            raise ValueError(
-                "sequence_parallel=True: a diffusion transformer splits weights only; "
-                "use parallel.sequence_parallel=false"
-            )
+        if mesh.sequence_parallel and config.alignment is not None:
+            raise ValueError("sequence_parallel=True: must be False with an alignment")
         depths = (config.encoder_depth, config.middle_depth, config.decoder_depth)
         encoder, middle, decoder = ([self._block() for _ in range(depth)] for depth in depths)
         options: dict[str, Any] = {
@@ -267,6 +266,10 @@ class DiffusionTransformer(nn.Module):
             raise ValueError(
                 f"guidance={guidance!r}: must be one of {', '.join(get_args(Guidance))}"
             )
+        if guidance == "path_drop" and self.mesh.sequence_parallel:
+            raise ValueError(
+                "guidance='path_drop': not under sequence_parallel; sample on a mesh without it"
+            )
         null = torch.full_like(y, self.null_label)
         doubled = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         if guidance == "classifier_free":
@@ -300,15 +303,21 @@ class DiffusionTransformer(nn.Module):
         if x_BCHW.dim() != 4 or tuple(x_BCHW.shape[1:]) != wanted:
             raise ValueError(f"x of shape {list(x_BCHW.shape)}: must be [B, {wanted}]")
         patches_BSP = patchify(x_BCHW, config.patch_size).to(self.patch_embedding.weight.dtype)
-        hidden_TD = self.patch_embedding(patches_BSP).flatten(0, 1)
         layout = TokenLayout.dense(x_BCHW.shape[0], config.tokens, x_BCHW.device)
         tape = current_tape()
         if tape is not None:
             tape.enter(layout)
+        patches_TP = patches_BSP.flatten(0, 1)
+        if self.mesh.shards > 1:
+            sizes = even_shards(layout.tokens, self.mesh.shards)
+            layout = replace(layout, shard_sizes=sizes)
+            patches_TP = patches_TP.split(list(sizes))[self.mesh.shard_rank]
+        hidden_TD = self.patch_embedding(patches_TP)
         return hidden_TD, layout, self.time_embedding(t_B) + self.label_embedding(y_B)
 
     def _velocity(self, hidden_TD: Tensor, layout: TokenLayout, condition_BD: Tensor) -> Tensor:
         patches_TP = self.head(hidden_TD, layout=layout, condition=condition_BD)
+        patches_TP = gather_shards(patches_TP, self.mesh, shard_sizes=layout.shard_sizes)
         patches_BSP = patches_TP.unflatten(0, (layout.batch_size, -1))
         return unpatchify(patches_BSP, self.config.grid, self.config.patch_size)
 

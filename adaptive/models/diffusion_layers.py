@@ -18,10 +18,12 @@ from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
 from parallel.linear import Linear, linear
 from parallel.mesh import Mesh
+from parallel.sequence import even_shards
 from parallel.tensor import (
     enter_tensor_region,
     gather_columns,
     leave_tensor_region,
+    replicated,
     replicated_in_region,
     split_parameter,
 )
@@ -125,10 +127,25 @@ class RowLinear(Linear):
         self.mesh = mesh
         self.weight = split_parameter(self.weight, 1, mesh=mesh, name="in_features")
 
-    def forward(self, x_Td: Tensor) -> Tensor:
+    def forward(self, x_Td: Tensor, *, shard_sizes: tuple[int, ...] | None = None) -> Tensor:
         if self.mesh.tensor == 1:
             return super().forward(x_Td)
-        return leave_tensor_region(linear(x_Td, self.weight), self.mesh) + self.bias
+        out_TD = leave_tensor_region(linear(x_Td, self.weight), self.mesh, shard_sizes=shard_sizes)
+        return out_TD + replicated(self.bias, self.mesh)
+
+
+class OwnRowsLinear(Linear):
+    """A linear layer with bias, whole on every rank, of this rank's own rows."""
+
+    def __init__(self, in_features: int, out_features: int, *, mesh: Mesh) -> None:
+        super().__init__(in_features, out_features)
+        self.mesh = mesh
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        if not self.mesh.sequence_parallel:
+            return super().forward(x_TD)
+        weight, bias = replicated(self.weight, self.mesh), replicated(self.bias, self.mesh)
+        return linear(x_TD, weight, bias)
 
 
 class HeadNorm(nn.Module):
@@ -167,7 +184,7 @@ class DiffusionAttention(nn.Module):
     def forward(
         self, x_TD: Tensor, *, layout: TokenLayout, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        x_TD = enter_tensor_region(x_TD, self.mesh)
+        x_TD = enter_tensor_region(x_TD, self.mesh, shard_sizes=layout.shard_sizes)
         shape = (self.heads, self.head_dim)
         q_THh = self.query(x_TD).unflatten(-1, shape)
         k_THh = self.key(x_TD).unflatten(-1, shape)
@@ -176,7 +193,7 @@ class DiffusionAttention(nn.Module):
             q_THh, k_THh = self.query_norm(q_THh), self.key_norm(k_THh)
         q_THh, k_THh = rotate_pairs(q_THh, rotary), rotate_pairs(k_THh, rotary)
         attended_THh = varlen_attention(q_THh, k_THh, v_THh, queries=layout, causal=False)
-        return self.output(attended_THh.flatten(-2))
+        return self.output(attended_THh.flatten(-2), shard_sizes=layout.shard_sizes)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """Four projections, and attention of all heads."""
@@ -194,9 +211,10 @@ class GELUFeedForward(nn.Module):
         self.up = ColumnLinear(dim, ffn_dim, mesh=mesh)
         self.down = RowLinear(ffn_dim, dim, mesh=mesh)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        x_TD = enter_tensor_region(x_TD, self.mesh)
-        return self.down(F.gelu(self.up(x_TD), approximate="tanh"))
+    def forward(self, x_TD: Tensor, *, shard_sizes: tuple[int, ...] | None = None) -> Tensor:
+        x_TD = enter_tensor_region(x_TD, self.mesh, shard_sizes=shard_sizes)
+        x_TF = F.gelu(self.up(x_TD), approximate="tanh")
+        return self.down(x_TF, shard_sizes=shard_sizes)
 
 
 class SwiGLUFeedForward(nn.Module):
@@ -209,9 +227,10 @@ class SwiGLUFeedForward(nn.Module):
         self.up = ColumnLinear(dim, ffn_dim, mesh=mesh)
         self.down = RowLinear(ffn_dim, dim, mesh=mesh)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        x_TD = enter_tensor_region(x_TD, self.mesh)
-        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
+    def forward(self, x_TD: Tensor, *, shard_sizes: tuple[int, ...] | None = None) -> Tensor:
+        x_TD = enter_tensor_region(x_TD, self.mesh, shard_sizes=shard_sizes)
+        x_TF = F.silu(self.gate(x_TD)) * self.up(x_TD)
+        return self.down(x_TF, shard_sizes=shard_sizes)
 
 
 class Modulation(nn.Module):
@@ -230,8 +249,11 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, condition_BD: Tensor) -> tuple[Tensor, ...]:
-        condition_BD = enter_tensor_region(F.silu(condition_BD), self.mesh)
-        return gather_columns(self.linear(condition_BD), self.mesh).chunk(self.chunks, dim=-1)
+        # Every rank has all samples, and other columns of them.
+        condition_BD = replicated_in_region(F.silu(condition_BD), self.mesh)
+        columns_BC = gather_columns(self.linear(condition_BD), self.mesh)
+        # Under sequence parallelism each rank goes on with other tokens: gradients are summed.
+        return replicated(columns_BC, self.mesh).chunk(self.chunks, dim=-1)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """One row a sample, whatever share of its tokens is computed."""
@@ -243,21 +265,39 @@ def of_samples(work: Work) -> Work:
     return Work.of(torch.ones_like(work.tokens))
 
 
-def modulated_norm(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, layout: TokenLayout) -> Tensor:
+def modulated_norm(
+    x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, layout: TokenLayout, mesh: Mesh
+) -> Tensor:
     """`layer_norm(x) · (1 + scale) + shift`, each token with its own sample's vectors."""
     normed_TD = F.layer_norm(x_TD, (x_TD.shape[-1],), eps=NORM_EPS)
-    return _by_sample(normed_TD, shift_BD, 1 + scale_BD, layout)
+    scale_BD = 1 + scale_BD
+    if layout.uniform and mesh.shards == 1:
+        normed_BSD = normed_TD.unflatten(0, (layout.batch_size, layout.max_seqlen))
+        return torch.addcmul(shift_BD[:, None], normed_BSD, scale_BD[:, None]).flatten(0, 1)
+    sample_T = _samples(layout, mesh)
+    return torch.addcmul(shift_BD[sample_T], normed_TD, scale_BD[sample_T])
 
 
-def gated_add(x_TD: Tensor, gate_BD: Tensor, update_TD: Tensor, layout: TokenLayout) -> Tensor:
+def gated_add(
+    x_TD: Tensor, gate_BD: Tensor, update_TD: Tensor, layout: TokenLayout, mesh: Mesh
+) -> Tensor:
     """`x + gate · update`, each token with its own sample's gate."""
-    if layout.uniform:
+    if layout.uniform and mesh.shards == 1:
         shape = (layout.batch_size, layout.max_seqlen)
         sum_BSD = torch.addcmul(
             x_TD.unflatten(0, shape), gate_BD[:, None], update_TD.unflatten(0, shape)
         )
         return sum_BSD.flatten(0, 1)
-    return torch.addcmul(x_TD, gate_BD[layout.sequence_ids], update_TD)
+    return torch.addcmul(x_TD, gate_BD[_samples(layout, mesh)], update_TD)
+
+
+def _samples(layout: TokenLayout, mesh: Mesh) -> Tensor:
+    """int64 [T], the sample of each row that this rank holds."""
+    sample_T = layout.sequence_ids
+    if mesh.shards == 1:
+        return sample_T
+    sizes = layout.shard_sizes or even_shards(layout.tokens, mesh.shards)
+    return sample_T.split(list(sizes))[mesh.shard_rank]
 
 
 class DiffusionBlock(nn.Module):
@@ -284,6 +324,7 @@ class DiffusionBlock(nn.Module):
         mesh: Mesh | None = None,
     ) -> None:
         super().__init__()
+        self.mesh = mesh = Mesh.single() if mesh is None else mesh
         self.modulation = Modulation(dim, 6, mesh=mesh)
         self.attention = DiffusionAttention(dim, num_heads, qk_norm=qk_norm, mesh=mesh)
         feed_forward: Any = SwiGLUFeedForward if ffn == "swiglu" else GELUFeedForward
@@ -292,12 +333,13 @@ class DiffusionBlock(nn.Module):
     def forward(
         self, x_TD: Tensor, *, layout: TokenLayout, condition: Tensor, rotary: AxialRotary
     ) -> Tensor:
+        mesh, shards = self.mesh, layout.shard_sizes
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulation(condition)
-        normed_TD = modulated_norm(x_TD, shift, scale, layout)
+        normed_TD = modulated_norm(x_TD, shift, scale, layout, mesh)
         update_TD = self.attention(normed_TD, layout=layout, rotary=rotary(layout.positions))
-        x_TD = gated_add(x_TD, gate, update_TD, layout)
-        normed_TD = modulated_norm(x_TD, ffn_shift, ffn_scale, layout)
-        return gated_add(x_TD, ffn_gate, self.ffn(normed_TD), layout)
+        x_TD = gated_add(x_TD, gate, update_TD, layout, mesh)
+        normed_TD = modulated_norm(x_TD, ffn_shift, ffn_scale, layout, mesh)
+        return gated_add(x_TD, ffn_gate, self.ffn(normed_TD, shard_sizes=shards), layout, mesh)
 
 
 class VelocityHead(nn.Module):
@@ -305,23 +347,15 @@ class VelocityHead(nn.Module):
 
     def __init__(self, dim: int, patch_dim: int, *, mesh: Mesh | None = None) -> None:
         super().__init__()
+        self.mesh = mesh = Mesh.single() if mesh is None else mesh
         self.modulation = Modulation(dim, 2, mesh=mesh)
-        self.linear = Linear(dim, patch_dim)
+        self.linear = OwnRowsLinear(dim, patch_dim, mesh=mesh)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x_TD: Tensor, *, layout: TokenLayout, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition)
-        return self.linear(modulated_norm(x_TD, shift, scale, layout))
-
-
-def _by_sample(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, layout: TokenLayout) -> Tensor:
-    """`x · scale + shift` in one pass over the tokens."""
-    if layout.uniform:
-        x_BSD = x_TD.unflatten(0, (layout.batch_size, layout.max_seqlen))
-        return torch.addcmul(shift_BD[:, None], x_BSD, scale_BD[:, None]).flatten(0, 1)
-    sequence_T = layout.sequence_ids
-    return torch.addcmul(shift_BD[sequence_T], x_TD, scale_BD[sequence_T])
+        return self.linear(modulated_norm(x_TD, shift, scale, layout, self.mesh))
 
 
 def _start_linear(layer: Linear, in_features: int, out_features: int) -> None:

@@ -54,8 +54,6 @@ class DiffusionTask(Task):
         for name, value in (("context", axes.context), ("expert", axes.expert)):
             if value != 1:
                 raise BadInput(f"parallel.{name}={value}: must be 1, task=diffusion does not split")
-        if axes.sequence_parallel:
-            raise BadInput("parallel.sequence_parallel=true: task=diffusion splits weights only")
         # Every rank checks; one look into every file is enough.
         ImageData(config.data, config.model, verify=is_first())
 

@@ -174,8 +174,8 @@ def splits_on(subject: str, degrees: Mapping[str, object]) -> bool:
     """Whether the subject's model can be split that way."""
     if subject in FAMILIES:
         return degrees.get("tensor") != 4 or FAMILIES[subject].config.kv_heads % 4 == 0
-    # A diffusion transformer splits the batch and its weights.
-    return set(degrees) <= {"tensor"}
+    # A diffusion transformer takes neither context nor expert ranks.
+    return set(degrees) <= {"tensor", "sequence_parallel"}
 
 
 def mixture_of_depths() -> LanguageModel:

@@ -76,7 +76,6 @@ def test_held_out_times_cover_the_training_distribution() -> None:
         ({"model": {"channels": 3}}, "the digits are 1x8x8, the model takes 3x8x8"),
         ({"data": {"sampling": {"steps": 0}}}, "data.sampling.steps=0: must be at least 1"),
         ({"data": {"path": "/nowhere"}}, "data.path=/nowhere: no such folder"),
-        ({"parallel": {"sequence_parallel": True}}, "task=diffusion splits weights only"),
         ({"model": {"keeping": "cells"}}, "model.keeping='cells': must be one of"),
         ({"data": {"features": "x.npy"}}, "data.features and model.alignment: give both or none"),
     ],
