@@ -93,11 +93,11 @@ def _composed(
 class _Chunked(torch.autograd.Function):
     """A few rows of one expert at a time, from the gathered tokens to the output and back.
 
-    Saves the tokens and the first product; the gathered tokens, the activations and the expert
-    outputs are made again, chunk by chunk, or never needed: the gradient of a pair's weight is
-    `<grad down, act>`, which backward has at hand. Nothing of N rows is allocated but the first
-    product, and that in pieces: the C library maps a piece of more than 32 MB anew each time, and
-    touching fresh pages costs as much as a product.
+    Saves the tokens, the first product and, where pairs are weighted, the experts' outputs: the
+    gradient of a pair's weight is `<grad, output>`. The gathered tokens and the activations are
+    made again, chunk by chunk. Nothing of N rows is allocated but what is saved, in pieces: the C
+    library maps a piece of more than 32 MB anew each time, and touching fresh pages costs as much
+    as a product.
     """
 
     @staticmethod
@@ -119,49 +119,56 @@ class _Chunked(torch.autograd.Function):
         rows_buffer = x_TD.new_empty(longest, x_TD.shape[1])
         act_buffer = x_TD.new_empty(longest, down_EDF.shape[2])
         out_TD = torch.zeros_like(x_TD)
-        products = []
+        products, outputs = [], []
+        keeps_outputs = weights_TK is not None and ctx.needs_input_grad[5]
         for (expert, count), rows, source_R, weights_R1 in zip(
             chunks, rounded, sources, weights, strict=True
         ):
             x_RD = _gather(x_TD, source_R, rows_buffer[:rows])
             hidden_RH = product(x_RD, ups[expert].t())
             act_RF, _ = _activate_into(hidden_RH, activation, act_buffer[:rows], None)
-            y_RD = product(act_RF, downs[expert].t(), out=x_RD)[:count]
+            place = None if keeps_outputs else x_RD
+            y_RD = product(act_RF, downs[expert].t(), out=place)[:count]
+            if keeps_outputs:
+                outputs.append(y_RD)
             if weights_R1 is not None:
-                y_RD.mul_(weights_R1)
+                y_RD = torch.mul(y_RD, weights_R1, out=x_RD[:count])
             out_TD.index_add_(0, source_R, y_RD)
             products.append(hidden_RH)
-        ctx.save_for_backward(x_TD, up_EHD, down_EDF, pairs_N, rows_E, weights_TK, *products)
+        saved = (x_TD, up_EHD, down_EDF, pairs_N, rows_E, weights_TK)
+        ctx.save_for_backward(*saved, *products, *outputs)
         ctx.top_k, ctx.activation = top_k, activation
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, up_EHD, down_EDF, pairs_N, rows_E, weights_TK, *products = ctx.saved_tensors
+        x_TD, up_EHD, down_EDF, pairs_N, rows_E, weights_TK, *kept = ctx.saved_tensors
         chunks, sources, weights = _chunked(x_TD, pairs_N, rows_E, weights_TK, ctx.top_k)
+        products, outputs = kept[: len(chunks)], kept[len(chunks) :] or [None] * len(chunks)
         ups, downs, grad_TD = up_EHD.unbind(), down_EDF.unbind(), grad_TD.contiguous()
         grad_x = torch.zeros_like(x_TD) if ctx.needs_input_grad[0] else None
         grad_up = _GradientOf(up_EHD, chunks) if ctx.needs_input_grad[1] else None
         grad_down = _GradientOf(down_EDF, chunks) if ctx.needs_input_grad[2] else None
         per_pair = []
-        longest, ffn_dim = max((len(hidden) for hidden in products), default=0), down_EDF.shape[2]
-        buffers = [x_TD.new_empty(longest, n) for n in (x_TD.shape[1], up_EHD.shape[1])]
-        buffers += [x_TD.new_empty(longest, ffn_dim) for _ in range(3)]
-        for (expert, count), source_R, weights_R1, hidden_RH in zip(
-            chunks, sources, weights, products, strict=True
+        longest = max((len(hidden) for hidden in products), default=0)
+        widths = (*[x_TD.shape[1]] * 2, up_EHD.shape[1], *[down_EDF.shape[2]] * 3)
+        buffers = [x_TD.new_empty(longest, width) for width in widths]
+        for (expert, count), source_R, weights_R1, hidden_RH, y_RD in zip(
+            chunks, sources, weights, products, outputs, strict=True
         ):
             # Rounded up as in forward; the rows beyond `count` are zero in every factor.
-            rows, grad_hidden, act, silu, grad_act = (buf[: len(hidden_RH)] for buf in buffers)
+            rows, scratch, grad_hidden, act, silu, grad_act = (
+                buffer[: len(hidden_RH)] for buffer in buffers
+            )
             act_RF, silu_RF = _activate_into(hidden_RH, ctx.activation, act, silu)
             grad_RD = _gather(grad_TD, source_R, rows)
-            grad_act_RF = product(grad_RD, downs[expert], out=grad_act)
+            if y_RD is not None:
+                products_RD = torch.mul(grad_RD[:count], y_RD, out=scratch[:count])
+                per_pair.append(products_RD.sum(-1, dtype=_wide(products_RD)))
             if weights_R1 is not None:
-                # grad_hidden has room for the products until it is computed itself.
-                products_RF = torch.mul(grad_act_RF, act_RF, out=grad_hidden[:, :ffn_dim])[:count]
-                per_pair.append(products_RF.sum(-1, dtype=_wide(products_RF)))
                 grad_RD[:count].mul_(weights_R1)
-                grad_act_RF[:count].mul_(weights_R1)
+            grad_act_RF = product(grad_RD, downs[expert], out=grad_act)
             if grad_down is not None:
                 grad_down.add_product(expert, grad_RD.t(), act_RF)
             grad_hidden_RH = _activation_gradient(
@@ -174,7 +181,7 @@ class _Chunked(torch.autograd.Function):
                 grad_x_RD = product(grad_hidden_RH, ups[expert], out=rows)
                 grad_x.index_add_(0, source_R, grad_x_RD[:count])
         grad_weights = None
-        if weights_TK is not None:
+        if ctx.needs_input_grad[5]:
             grad_weights = torch.zeros_like(weights_TK)
             if per_pair:
                 grad_weights.view(-1)[pairs_N] = torch.cat(per_pair).to(weights_TK.dtype)
