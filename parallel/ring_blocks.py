@@ -2,7 +2,7 @@
 
 A rank's tokens come in two halves (of a zigzag order, the early and the late chunk), so that of
 four blocks of pairs those that cannot see each other are left out. On a CPU a block is torch's
-flash attention, which keeps no scores; elsewhere plain torch.
+flash attention, which keeps no scores; elsewhere plain torch, some rows at a time.
 
 Shape legend: q and k rows of a block, H query heads, G key-value heads, h head width.
 """
@@ -22,6 +22,9 @@ Bounds = tuple[int, int, int, int, int, int]
 """Of half a rank's tokens: rows from and to, lowest and highest position and sequence."""
 
 LOWEST = torch.finfo(torch.float32).min
+
+PLAIN_ROWS = 512
+"""Queries whose scores plain torch keeps at once."""
 
 
 def zigzag_rows(tokens: int, ranks: int, rank: int) -> Tensor:
@@ -100,19 +103,19 @@ class Pair:
     queries: int
     keys: int
 
-    def blocks(self) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    def blocks(self, most_rows: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
         """(rows, columns, bool [q, k] or None) of the halves that can see each other."""
         causal = self.query_layout.causal
         for q in self.query_layout.bounds[self.queries]:
             for k in self.key_layout.bounds[self.keys]:
                 if not _may_see(q, k, causal):
                     continue
-                rows, columns = slice(q[0], q[1]), slice(k[0], k[1])
-                seen = None
+                columns = slice(k[0], k[1])
                 one_sequence = q[4] == q[5] == k[4] == k[5]
-                if not one_sequence or (causal and q[2] < k[3]):
-                    seen = self._seen(rows, columns)
-                yield rows, columns, seen
+                masks = not one_sequence or (causal and q[2] < k[3])
+                for start in range(q[0], q[1], most_rows):
+                    rows = slice(start, min(start + most_rows, q[1]))
+                    yield rows, columns, self._seen(rows, columns) if masks else None
 
     def _seen(self, rows: slice, columns: slice) -> Tensor:
         q_sequence = self.query_layout.sequences[self.queries][rows, None]
@@ -128,7 +131,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> tuple[Tensor, Tensor]
     without any."""
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
     attend_block = _attend_fused if _fuses(q) else _attend_plain
-    for rows, columns, seen in pair.blocks():
+    for rows, columns, seen in pair.blocks(_most_rows(q)):
         block, block_lse = attend_block(q[rows], k[columns], v[columns], seen)
         out[rows], lse[rows] = merge(out[rows], lse[rows], block, block_lse)
     return out, lse
@@ -148,7 +151,7 @@ def attend_backward(
     grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     lse = lse.clamp(min=LOWEST)
     backward_block = _backward_fused if _fuses(q) else _backward_plain
-    for rows, columns, seen in pair.blocks():
+    for rows, columns, seen in pair.blocks(_most_rows(q)):
         part_q, part_k, part_v = backward_block(
             q[rows], grad[rows], lse[rows], delta[rows], k[columns], v[columns], seen
         )
@@ -168,6 +171,11 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Ten
 
 def _fuses(q: Tensor) -> bool:
     return q.device.type == "cpu"
+
+
+def _most_rows(q: Tensor) -> int:
+    """Rows of a block: where scores are kept, so many that they take little memory."""
+    return max(q.shape[0], 1) if _fuses(q) else PLAIN_ROWS
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -148,3 +150,27 @@ def test_fused_and_plain_blocks_agree(size: float, masked: bool) -> None:
     found = ring_blocks._backward_fused(q, grad, lse, delta, k, v, seen)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_plain_blocks_of_few_rows_agree_with_fused_ones(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What GPUs run, here on the CPU."""
+    whole, nobody = TokenLayout.from_lengths((9, 4, 16)), cast(Any, None)
+    rows = (whole.positions, whole.sequence_ids)
+    layout = ring_blocks.RingLayout.of(*rows, (12, 17), nobody, causal=causal)
+    q, k, v, grad = (x.split([12, 17]) for x in _whole(29, 2))
+    pair = ring_blocks.Pair(layout, layout, 1, 0)
+
+    def both_ways() -> list[Tensor]:
+        out, lse = ring_blocks.attend(q[1], k[0], v[0], pair)
+        delta = (out * grad[1]).sum(-1)
+        grads = ring_blocks.attend_backward(q[1], grad[1], lse, delta, k[0], v[0], pair)
+        return [out, lse, *grads]
+
+    fused = both_ways()
+    monkeypatch.setattr(ring_blocks, "_fuses", lambda q: False)
+    monkeypatch.setattr(ring_blocks, "PLAIN_ROWS", 3)
+    for a, b in zip(both_ways(), fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
