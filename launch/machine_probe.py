@@ -37,7 +37,6 @@ from parallel.sequence import all_gather_rows, exchange_rows, reduce_scatter_row
 from parallel.tensor import column_linear
 
 MOST_RANKS = 8
-_SECONDS = 0.25
 
 
 def measure(ranks: int, *, dim: int = 256) -> Machine:
@@ -54,14 +53,14 @@ def measure(ranks: int, *, dim: int = 256) -> Machine:
     return on_ranks(probe, min(ranks, MOST_RANKS), dim, timeout=120)
 
 
-def probe(dim: int = 256) -> Machine:
-    """On every rank of a process group; a collective. Takes about three seconds."""
+def probe(dim: int = 256, rounds: int = 12) -> Machine:
+    """On every rank of a process group; a collective. Takes five to ten seconds."""
     ranks, cores = dist.get_world_size(), os.cpu_count() or 1
     computing = range(min(ranks, cores))
     rates = {}
     for name, prepare in _WORK.items():
-        rates[name] = _rate(prepare, dim, computing)
-    links = _links()
+        rates[name] = _rate(prepare, dim, computing, seconds=rounds / 48)
+    links = _links(rounds)
     return Machine(
         name=f"this ({platform.processor() or platform.machine()}, {cores} cores)",
         source=f"measured now, {ranks} gloo ranks of one thread",
@@ -180,7 +179,9 @@ _WORK: dict[str, Callable[[int], Prepared]] = {
 }
 
 
-def _rate(prepare: Callable[[int], Prepared], dim: int, computing: range) -> float:
+def _rate(
+    prepare: Callable[[int], Prepared], dim: int, computing: range, *, seconds: float
+) -> float:
     """Units a second of one rank, the mean of those that compute at once."""
     own = torch.zeros((), dtype=torch.float64)
     call, amount = prepare(dim)
@@ -190,7 +191,7 @@ def _rate(prepare: Callable[[int], Prepared], dim: int, computing: range) -> flo
             call()
         taken = []
         begun = time.perf_counter()
-        while time.perf_counter() - begun < _SECONDS:
+        while time.perf_counter() - begun < seconds:
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
@@ -199,14 +200,14 @@ def _rate(prepare: Callable[[int], Prepared], dim: int, computing: range) -> flo
     return float(own) / len(computing)
 
 
-def _links() -> dict[str, Link]:
+def _links(rounds: int) -> dict[str, Link]:
     """Each collective at a few sizes."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if ranks == 1:
         return dict.fromkeys(_COLLECTIVES, Link(0.0, 1e12))
     links = {}
     for name, collective in _COLLECTIVES.items():
-        points = [_point(*collective(ranks * numbers, ranks, rank)) for numbers in _SIZES]
+        points = [_point(*collective(ranks * numbers, ranks, rank), rounds) for numbers in _SIZES]
         (_, latency), *curve = points
         (less, shorter), (more, longer) = points[-2:]
         # Where ranks share cores, waiting for a turn may hide the bytes altogether.
@@ -219,7 +220,7 @@ _SIZES = (16, 1 << 13, 1 << 16, 1 << 18, 1 << 20)
 """Numbers of each rank."""
 
 
-def _point(call: Callable[[], Any], sent: float) -> tuple[float, float]:
+def _point(call: Callable[[], Any], sent: float, rounds: int) -> tuple[float, float]:
     """Bytes sent, and seconds: the mean over ranks, the median over rounds.
 
     Before each a rank computes for about a millisecond, as in a layer: the library's threads then
@@ -228,7 +229,7 @@ def _point(call: Callable[[], Any], sent: float) -> tuple[float, float]:
     x = torch.randn(512, 256)
     weight = torch.randn(256, 256)
     taken = []
-    for _ in range(14):
+    for _ in range(rounds + 2):
         dist.barrier()
         F.linear(F.linear(x, weight), weight)
         start = time.perf_counter()
