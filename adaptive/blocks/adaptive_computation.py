@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adaptive.blocks.feed_forward import SwiGLU
 from adaptive.blocks.wrapping import flatten_tokens
 from adaptive.ops.flop_counter import FlopCounter, Work
-from adaptive.ops.pack import combine, pack
+from adaptive.ops.pack import combine_, pack
 from adaptive.routing.density import DensityControl, DensityController, Target
 from adaptive.routing.forced import forced_choice
 from adaptive.routing.gumbel import GumbelSchedule, gumbel_choice, soft_choice, straight_through
@@ -189,7 +189,7 @@ class AdaptiveComputationModule(nn.Module):
             self.learners, choice.taken, gates_TN.unbind(1), strict=True
         ):
             update_RD = learner(pack(x_TD, taken.indices), layout=taken.layout)
-            out_TD = combine(out_TD, update_RD, taken.indices, pack(gates_T, taken.indices))
+            out_TD = combine_(out_TD, update_RD, taken.indices, pack(gates_T, taken.indices))
         tape = current_tape()
         if tape is not None:
             self._record(tape, choice, gates_TN, router_logits_TK, valid)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adaptive.blocks.feed_forward import SwiGLU
 from adaptive.blocks.wrapping import flatten_tokens
 from adaptive.ops.flop_counter import FlopCounter, Work
-from adaptive.ops.pack import combine, pack
+from adaptive.ops.pack import combine_, pack
 from adaptive.routing.density import DensityControl, DensityController, Target, Usage
 from adaptive.routing.forced import forced_choice
 from adaptive.routing.gumbel import (
@@ -179,7 +179,7 @@ class SizedFeedForward(nn.Module):
         for unit, taken, path in ((self.small, choice.small, SMALL), (self.big, choice.big, BIG)):
             update_RD = unit(pack(x_TD, taken.indices), layout=taken.layout)
             gates_R = pack(gates_TP[:, path].contiguous(), taken.indices)
-            out_TD = combine(out_TD, update_RD, taken.indices, gates_R)
+            out_TD = combine_(out_TD, update_RD, taken.indices, gates_R)
         tape = current_tape()
         if tape is not None:
             self._record(tape, choice, gates_TP, router_logits_TP, valid)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive.ops.pack import combine, pack
+from adaptive.ops.pack import combine_, pack
 from adaptive.routing.layout import TokenLayout
 
 
@@ -71,7 +71,7 @@ def to_rows(packed_RX: Tensor, layout: TokenLayout) -> Tensor:
     if layout.uniform:
         return packed_RX.unflatten(0, (layout.batch_size, layout.max_seqlen))
     shape = (layout.batch_size * layout.max_seqlen, *packed_RX.shape[1:])
-    rows = combine(packed_RX.new_zeros(shape), packed_RX, _places(layout))
+    rows = combine_(packed_RX.new_zeros(shape), packed_RX, _places(layout))
     return rows.unflatten(0, (layout.batch_size, layout.max_seqlen))
 
 
