@@ -29,7 +29,6 @@ OPERATION_MODULES = (
     "expert_feed_forward",
     "grouped_linear",
     "pack",
-    "pack_norm",
     "parameter_attention",
     "permute",
     "ranking",
