@@ -6,9 +6,8 @@ K = N + 1 choices (0 to N learners).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.budgeted_feed_forward import BudgetedFeedForwardConfig
 from adaptive.blocks.feed_forward import SwiGLU
 from adaptive.blocks.wrapping import flatten_tokens
 from adaptive.ops.flop_counter import FlopCounter, Work
@@ -261,55 +261,36 @@ class LearnerGate(nn.Module):
         return self.down(F.gelu(self.up(x_TD)))
 
 
-@dataclass(frozen=True)
-class AdaptiveComputationConfig:
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveComputationConfig(BudgetedFeedForwardConfig):
     """Which layers of a decoder have rows of learners in place of a feed-forward.
 
     Attributes:
         num_learners: learners of a row.
-        budget: target mean cost, as a share of the whole row.
-        layers: "all", or a list of layers.
         gate_dim: hidden width of gates; null: a quarter of the model's, at most 64.
-        budget_coefficient, diversity_coefficient, budget_over, controller_gain, schedule: see
-            `AdaptiveComputationModule`.
+        diversity_coefficient: see `AdaptiveComputationModule`.
+        budget, layers, budget_coefficient, budget_over, controller_gain, schedule: see
+            `BudgetedFeedForwardConfig`.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    not_negative: ClassVar[tuple[str, ...]] = (
+        *BudgetedFeedForwardConfig.not_negative,
+        "diversity_coefficient",
+    )
 
     num_learners: int = 4
-    budget: float = 0.5
-    layers: str | list[int] = "all"
     gate_dim: int | None = None
-    budget_coefficient: float = 0.1
     diversity_coefficient: float = 0.01
     budget_over: Target = "model"
-    controller_gain: float = 0.0
-    schedule: GumbelSchedule = field(default_factory=GumbelSchedule)
 
     def __post_init__(self) -> None:
         if self.num_learners < 1:
             raise ValueError(f"num_learners={self.num_learners}: must be at least 1")
-        if not 0 < self.budget <= 1:
-            raise ValueError(f"budget={self.budget}: must be in (0, 1]")
-        if isinstance(self.layers, str) and self.layers != "all":
-            raise ValueError(f"layers={self.layers!r}: must be all or a list of layers")
-        for name in ("budget_coefficient", "diversity_coefficient", "controller_gain"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}={value}: must be 0 or more")
+        super().__post_init__()
 
-    def feed_forward(
-        self,
-        dim: int,
-        ffn_dim: int,
-        *,
-        layer: int,
-        make_ffn: Callable[[int], nn.Module],
-        mesh: Mesh | None = None,
+    def block(
+        self, dim: int, ffn_dim: int, *, make_ffn: Callable[[int], nn.Module], mesh: Mesh | None
     ) -> nn.Module:
-        """The feed-forward of a layer: a row of learners, or plain where it is not listed."""
-        if not isinstance(self.layers, str) and layer not in self.layers:
-            return make_ffn(ffn_dim)
         return AdaptiveComputationModule(
             dim,
             ffn_dim,

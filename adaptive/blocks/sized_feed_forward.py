@@ -5,9 +5,8 @@ Shape legend: B batch, S sequence, T valid tokens, R tokens of one path, D width
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.budgeted_feed_forward import BudgetedFeedForwardConfig
 from adaptive.blocks.feed_forward import SwiGLU
 from adaptive.blocks.wrapping import flatten_tokens
 from adaptive.ops.flop_counter import FlopCounter, Work
@@ -249,51 +249,28 @@ def _spread(chosen_T: Tensor, valid: Tensor | None) -> Tensor:
     return chosen_T[:, None]
 
 
-@dataclass(frozen=True)
-class SizedFeedForwardConfig:
+@dataclass(frozen=True, kw_only=True)
+class SizedFeedForwardConfig(BudgetedFeedForwardConfig):
     """Which layers of a decoder have feed-forwards of two sizes, and how they are chosen.
 
     Attributes:
-        budget: target mean cost, as a share of the big feed-forward's compute.
         small_ffn_dim: width of the small one; null: a quarter of the layer's `ffn_dim`.
-        layers: "all", or a list of layers.
-        random_steps, budget_coefficient, budget_over, controller_gain, schedule: see
-            `SizedFeedForward`.
+        random_steps: see `SizedFeedForward`.
+        budget, layers, budget_coefficient, budget_over, controller_gain, schedule: see
+            `BudgetedFeedForwardConfig`.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    not_negative: ClassVar[tuple[str, ...]] = (
+        *BudgetedFeedForwardConfig.not_negative,
+        "random_steps",
+    )
 
-    budget: float = 0.5
     small_ffn_dim: int | None = None
-    layers: str | list[int] = "all"
     random_steps: int = 0
-    budget_coefficient: float = 0.1
-    budget_over: Target = "layer"
-    controller_gain: float = 0.0
-    schedule: GumbelSchedule = field(default_factory=GumbelSchedule)
 
-    def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise ValueError(f"budget={self.budget}: must be in (0, 1]")
-        if isinstance(self.layers, str) and self.layers != "all":
-            raise ValueError(f"layers={self.layers!r}: must be all or a list of layers")
-        for name in ("budget_coefficient", "controller_gain", "random_steps"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}={value}: must be 0 or more")
-
-    def feed_forward(
-        self,
-        dim: int,
-        ffn_dim: int,
-        *,
-        layer: int,
-        make_ffn: Callable[[int], nn.Module],
-        mesh: Mesh | None = None,
+    def block(
+        self, dim: int, ffn_dim: int, *, make_ffn: Callable[[int], nn.Module], mesh: Mesh | None
     ) -> nn.Module:
-        """The feed-forward of a layer: sized, or plain where the layer is not listed."""
-        if not isinstance(self.layers, str) and layer not in self.layers:
-            return make_ffn(ffn_dim)
         return SizedFeedForward(
             dim,
             ffn_dim,
