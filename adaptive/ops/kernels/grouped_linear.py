@@ -141,7 +141,8 @@ def launch(
     keep_hidden: bool,
 ) -> None:
     """`adaptive.ops.kernel_operators.grouped_rows`, into `out` and `hidden`."""
-    a = contiguous_rows(a)
+    a, rows_E = contiguous_rows(a), rows_E.contiguous()
+    pairs_N, scales = (None if x is None else x.contiguous() for x in (pairs_N, scales))
     rows = a.shape[0] if pairs_N is None else pairs_N.shape[0]
     experts, out_width = weight.shape[0], out.shape[1]
     if out.shape[0] != rows:

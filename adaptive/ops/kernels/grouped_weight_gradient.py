@@ -92,7 +92,8 @@ def launch(
     gather_b: bool,
 ) -> None:
     """`adaptive.ops.kernel_operators.grouped_weight_gradient`, into `out`."""
-    a, b = contiguous_rows(a), contiguous_rows(b)
+    a, b, rows_E = contiguous_rows(a), contiguous_rows(b), rows_E.contiguous()
+    pairs_N = None if pairs_N is None else pairs_N.contiguous()
     experts, a_width, b_width = out.shape
     rows = pairs_N.shape[0] if pairs_N is not None else a.shape[0]
     if not rows:

@@ -21,7 +21,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.kernels.launching import cdiv, device_function, on_device, row_blocks
+from adaptive.ops.kernels.launching import (
+    cdiv,
+    computing_dtype,
+    device_function,
+    on_device,
+    row_blocks,
+)
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -332,6 +338,8 @@ def parameter_attention(
         activation: "l2_norm_gelu" or "gelu_l2_norm".
         group: tensor ranks that hold the other parameter tokens.
     """
+    dtype = computing_dtype(x_TD)
+    x_TD, keys_ND, values_NO = (t.to(dtype) for t in (x_TD, keys_ND, values_NO))
     if isinstance(scale, Tensor):
         scale = scale.to(x_TD.device, torch.float32)
     else:

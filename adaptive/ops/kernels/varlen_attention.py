@@ -124,7 +124,7 @@ def _forward(
 ):
     # The blocks that see most keys come last in a sequence and are started first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2)
     q_start = tl.load(q_starts + sequence)
     q_len = tl.load(q_starts + sequence + 1) - q_start
@@ -162,7 +162,7 @@ def _forward(
     tl.store(out + (rows[:, None] * heads + head) * HEAD + h[None, :], total, mask=inside)
     natural = largest * 0.6931471805599453 + tl.log(tl.where(seen, denominator, 1.0))
     natural = tl.where(seen, natural, float("-inf"))
-    tl.store(lse + head.to(tl.int64) * queries + rows, natural, mask=m < q_len)
+    tl.store(lse + head * queries + rows, natural, mask=m < q_len)
 
 
 def forward_blocks(
@@ -270,10 +270,10 @@ def attention_with_lse(
     by_position = causal and keys is not None
     keys = queries if keys is None else keys
     visibility = Visibility(
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        queries.positions if by_position else None,
-        keys.positions if by_position else None,
+        queries.cu_seqlens.contiguous(),
+        keys.cu_seqlens.contiguous(),
+        queries.positions.contiguous() if by_position else None,
+        keys.positions.contiguous() if by_position else None,
         queries.max_seqlen,
         keys.max_seqlen,
         2 if by_position else int(causal),

@@ -125,7 +125,7 @@ def _keys_and_values(
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2)
     k_start = tl.load(k_starts + sequence)
     k_len = tl.load(k_starts + sequence + 1) - k_start
@@ -150,7 +150,7 @@ def _keys_and_values(
     total_v = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     for member in range(0, group):
         head = kv_head * group + member
-        at = head.to(tl.int64) * queries
+        at = head * queries
         total_k, total_v = _add_queries(
             total_k, total_v, k_NH, v_NH, q + head * q_head, grad_out + head * grad_head,
             lse + at, delta + at, q_row, grad_row, n, k_at, k_len, q_start, q_len, q_positions,
@@ -252,7 +252,7 @@ def _queries(
 ):
     # Also writes delta = <out, grad_out> - grad_lse, which the other kernel reads.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2)
     q_start = tl.load(q_starts + sequence)
     q_len = tl.load(q_starts + sequence + 1) - q_start
@@ -268,7 +268,7 @@ def _queries(
     g_MH = tl.load(
         grad_out + rows[:, None] * grad_row + head * grad_head + h[None, :], mask=inside, other=0
     )
-    at = head.to(tl.int64) * queries + rows
+    at = head * queries + rows
     own = (rows[:, None] * heads + head) * HEAD + h[None, :]
     o_MH = tl.load(out + own, mask=inside, other=0)
     delta_M = tl.sum(o_MH.to(tl.float32) * g_MH.to(tl.float32), 1)

@@ -142,3 +142,15 @@ def test_torch_counts_the_operations_of_the_kernels() -> None:
     with FlopCounterMode(display=False) as counter:
         grouped_linear(x, weight, rows).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 7 * 5 * 6
+
+
+def test_counts_and_pairs_may_be_strided() -> None:
+    load = [3, 0, 5]
+    spread = torch.tensor([[n, 99] for n in load], device=DEVICE)[:, 0]
+    x, weight = draw(8, 6), draw(3, 4, 6, seed=1).requires_grad_()
+    out = grouped_linear(x, weight, spread)
+    parts = [part @ w.T for part, w in zip(x.split(load), weight, strict=True)]
+    torch.testing.assert_close(out, torch.cat(parts))
+    (gradient,) = torch.autograd.grad(out.sum(), weight)
+    assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
+    torch.testing.assert_close(gradient[2], x[3:].sum(0).expand(4, -1))

@@ -9,6 +9,7 @@ from adaptive.ops.kernels import parameter_attention as kernels
 from adaptive.ops.kernels.parameter_attention import parameter_attention
 from tests.adaptive.ops.kernel_checks import (
     COMPILED,
+    DEVICE,
     DTYPES,
     assert_within_twice_the_reference_error,
     draw,
@@ -99,3 +100,16 @@ def test_no_matrix_of_tokens_by_parameter_tokens_is_made() -> None:
         parameter_attention(*inputs, scale=9.0).sum().backward()
     # The backward's two chunks of 128 tokens, however many tokens there are.
     assert seen.elements == 2 * 128 * params < tokens * params
+
+
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs() -> None:
+    x = draw(9, 6).to(torch.bfloat16).requires_grad_()
+    keys, values = draw(11, 6, seed=1).requires_grad_(), draw(11, 5, seed=2).requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = parameter_attention(x, keys, values, scale=11**0.5)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert keys.grad is not None
+    assert keys.grad.dtype == torch.float32
+    exact = formula(x.double(), keys.double(), values.double(), 11**0.5, "l2_norm_gelu")
+    torch.testing.assert_close(out.double(), exact, atol=0.1, rtol=0.05)
