@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import measure  # noqa: F401 (puts the checkout before this folder on the path)
 import torch
 from torch import Tensor
 

@@ -74,6 +74,55 @@ def test_timings_are_shares_of_what_the_machine_can_do(tmp_path: Path) -> None:
     assert written["ceilings"]["bytes"] > 0
 
 
+def test_timings_measured_before_a_stop_are_kept(tmp_path: Path) -> None:
+    root, out = Path(kernel_doctor.__file__).parents[1], tmp_path / "kernels.json"
+    command = [sys.executable, "benchmarks/kernels.py", "--quick", "--out", str(out)]
+    with subprocess.Popen(
+        command, cwd=root, env=kernel_doctor._environment(), stdout=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        for said in running.stdout:
+            if said.startswith("pack "):
+                break
+        running.terminate()
+        rest = running.stdout.read()
+    assert running.returncode not in (0, None)
+    assert "no GPU" in rest
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[0]["op"] == "pack"
+    assert rows[0]["forward_ms"] > 0
+
+
+def test_every_goal_is_said_to_be_met_missed_or_not_measured() -> None:
+    code = """
+import sys
+sys.path.insert(0, "benchmarks")
+from kernels import verdicts
+def row(op, backend, **found):
+    return {"op": op, "backend": backend, "size": "T 8", "dtype": "bfloat16", **found}
+rows = [
+    row("pack", "triton", forward_ms=1.0, forward_share=0.9, required_share=0.8),
+    row("combine", "triton", forward_ms=1.0, forward_share=0.7, required_share=0.8),
+    row("varlen_attention", "triton", forward_ms=2.0, forward_share=0.5),
+    row("varlen_attention", "torch", forward_ms=1.0, forward_share=0.9),
+    row("parameter_attention", "triton", skipped="out of time"),
+    row("cross_entropy", "liger", skipped="not installed"),
+]
+print(*verdicts(rows, None), *verdicts([], {"over_flops": 1.2, "flop_ratio": 0.1}), sep="\\n")
+"""
+    root = Path(kernel_doctor.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "MET    pack T 8 bfloat16: goal 80% of the ceiling, measured 90%",
+        "MISSED combine T 8 bfloat16: goal 80% of the ceiling, measured 70%",
+        "MISSED varlen_attention T 8 bfloat16: goal 0.90x torch's speed, measured 0.50x",
+        "NOT MEASURED parameter_attention T 8 bfloat16: out of time",
+        "NOT MEASURED block routed at 12.5%, S 4096",
+        "MET    block routed at 12.5%, S 4096: goal at most 1.25x its share of FLOPs (0.100), "
+        "measured 1.20x",
+    ], done.stderr
+
+
 def test_without_a_checkout_it_says_so(monkeypatch, capsys) -> None:
     monkeypatch.setattr(kernel_doctor, "CHECKS", ("tests/nothing.py",))
     with pytest.raises(SystemExit) as stop:
