@@ -1,11 +1,15 @@
 # make train [RECIPE=mod_lm] [PYTHON=…] [section.key=value …]   train a recipe
 # make test      the whole suite, ranks over gloo included (under 10 minutes on 2 cores)
 # make test-all  and what is marked slow
+# make test-backends   the whole suite on each backend that a CPU has; triton's kernels interpreted,
+#                which takes long: BACKENDS="reference torch" or TESTS=tests/adaptive/blocks for less
 # make lint      ruff and mypy
 # PYTHON=/path/to/python uses an existing environment (a GPU machine that has its torch);
 # without it everything is installed into .venv, at the versions of requirements.lock.
 
 RECIPE ?= mod_lm
+BACKENDS ?= reference torch triton
+TESTS ?= tests
 VENV := .venv
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 TORCH := $(shell sed -n 's/^torch==//p' requirements.lock)
@@ -23,7 +27,7 @@ else
   READY :=
 endif
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all test-backends lint clean
 
 train: $(READY)
 	@test -f recipes/$(RECIPE).sh || { echo "RECIPE=$(RECIPE): must be one of $(sort $(basename $(notdir $(wildcard recipes/*.sh))))" >&2; exit 2; }
@@ -34,6 +38,13 @@ test: $(READY)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --durations 30
+
+# Every backend runs, whatever failed on the one before. A test's limit is for compiled code.
+test-backends: $(READY)
+	@status=0; for backend in $(BACKENDS); do echo "ADAPTIVE_BACKEND=$$backend"; \
+	  ADAPTIVE_BACKEND=$$backend TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+	  $(RUN) -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --timeout 1200 \
+	  --durations 15 $(TESTS) || status=1; done; exit $$status
 
 lint: $(READY)
 	$(RUN) -m ruff check $(SOURCES)
