@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKS = (
     "tests/adaptive/ops/test_kernels_grouped_linear.py",
     "tests/adaptive/ops/test_kernels_pack.py",
+    "tests/adaptive/ops/test_kernels_pack_norm.py",
     "tests/adaptive/ops/test_kernels_parameter_attention.py",
     "tests/adaptive/ops/test_kernels_routing.py",
     "tests/adaptive/ops/test_kernels_varlen_attention.py",

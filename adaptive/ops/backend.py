@@ -29,6 +29,7 @@ OPERATION_MODULES = (
     "expert_feed_forward",
     "grouped_linear",
     "pack",
+    "pack_norm",
     "parameter_attention",
     "permute",
     "ranking",

@@ -59,7 +59,7 @@ def test_a_check_that_hangs_is_stopped(checks, capsys, monkeypatch) -> None:
 def test_timings_are_shares_of_what_the_machine_can_do(tmp_path: Path) -> None:
     root = Path(kernel_doctor.__file__).parents[1]
     out = tmp_path / "kernels.json"
-    ops = "pack,combine_,order_by_unit"
+    ops = "pack,combine_,pack_norm,order_by_unit"
     command = [sys.executable, "benchmarks/kernels.py", "--quick", "--only", ops, "--out", str(out)]
     done = subprocess.run(
         command, cwd=root, env=kernel_doctor._environment(), capture_output=True, text=True

@@ -79,6 +79,7 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
         expert_feed_forward,
         grouped_linear,
         pack,
+        pack_norm,
         parameter_attention,
         permute,
         routing,
@@ -97,6 +98,8 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
     run(pack.combine(draw(64, width), draw(16, width), index, draw(16)))
     run(pack.combine(draw(64, width), draw(16, width), index))
     run(pack.combine_(draw(64, width) * 1, draw(16, width), index, draw(16)))
+    for weight, centered in ((draw(width), False), (None, True)):
+        run(*pack_norm.pack_norm(draw(64, width), index, weight, 1e-6, centered))
     pairs = torch.arange(32)
     run(permute.permute(draw(16, width), pairs, 2))
     run(permute.unpermute(draw(32, width), pairs, draw(16, 2), (16, 2)))
