@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 from parallel.matrix_product import by_onednn, product, worth_compiling
 
 _COMING_BACK = 16
-"""Rows of which a multiple is compiled for: other counts, as skipping leaves, rarely come back."""
+"""Rows up to which every count, and above which only multiples of it, are compiled for: others, as
+skipping leaves them, rarely come back."""
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -31,7 +32,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
         [..., out].
     """
     rows = x.numel() // max(x.shape[-1], 1)
-    if rows % _COMING_BACK or not worth_compiling(rows, weight_OI) or not _plain(x, weight_OI):
+    coming_back = rows < _COMING_BACK or rows % _COMING_BACK == 0
+    if not coming_back or not worth_compiling(rows, weight_OI) or not _plain(x, weight_OI):
         return F.linear(x, weight_OI, bias_O)
     # A slice of a wider weight is copied: a thousandth of the products' time, and oneDNN wants it.
     x_TI, weight_OI = x.reshape(rows, x.shape[-1]), weight_OI.contiguous()
@@ -97,12 +99,17 @@ class _Linear(torch.autograd.Function):
         x_TI, weight_OI = ctx.keeper.saved_tensors
         _, for_weight, for_bias, *_ = ctx.needs_input_grad
         return (
-            _Product.apply(grad_TO, weight_OI) if ctx.for_x else None,
-            _Product.apply(grad_TO.t(), x_TI) if for_weight else None,
+            _product(grad_TO, weight_OI) if ctx.for_x else None,
+            _product(grad_TO.t(), x_TI) if for_weight else None,
             grad_TO.sum(0) if for_bias else None,
             None,
             None,
         )
+
+
+def _product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """`a @ b`, recorded where a backward is itself differentiated."""
+    return _Product.apply(a_MK, b_KN) if torch.is_grad_enabled() else product(a_MK, b_KN)
 
 
 class _Product(torch.autograd.Function):
@@ -118,6 +125,6 @@ class _Product(torch.autograd.Function):
         a_MK, b_KN = ctx.saved_tensors
         for_a, for_b = ctx.needs_input_grad
         return (
-            _Product.apply(grad_MN, b_KN.t()) if for_a else None,
-            _Product.apply(a_MK.t(), grad_MN) if for_b else None,
+            _product(grad_MN, b_KN.t()) if for_a else None,
+            _product(a_MK.t(), grad_MN) if for_b else None,
         )

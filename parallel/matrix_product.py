@@ -41,8 +41,7 @@ def product(
     """
     worth = worth_compiling(a_MK.shape[0], b_KN)
     if worth and by_onednn(a_MK) and _whole(a_MK) and _whole(b_KN):
-        if bias is None and not a_MK.is_contiguous() and a_MK.shape[0] > 2 * b_KN.shape[1]:
-            # The call copies a first factor that is a transposed view. Here the other is smaller.
+        if bias is None and not a_MK.is_contiguous() and _dearer_to_copy(a_MK, b_KN):
             transposed_MN = _onednn(b_KN.t(), a_MK, None, "none", [], "").t()
             return transposed_MN.contiguous() if out is None else out.copy_(transposed_MN)
         return _onednn(a_MK, b_KN.t(), bias, "none", [], "")
@@ -70,6 +69,15 @@ def rounded_rows(rows: int, weight: Tensor) -> int:
 def worth_compiling(rows: int, weight: Tensor) -> bool:
     """Whether a product of that many rows and `weight`, [K, N] or [N, K], is large enough."""
     return rows * weight.shape[0] * weight.shape[1] >= _WORTH_COMPILING
+
+
+def _dearer_to_copy(a_MK: Tensor, b_KN: Tensor) -> bool:
+    """Whether `a` is so large that `(bᵀ aᵀ)ᵀ`, and a copy of that, is cheaper than `a b`.
+
+    oneDNN's call copies a first factor that is a transposed view.
+    """
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    return k * (m - n) > 2 * m * n
 
 
 def _whole(matrix: Tensor) -> bool:
