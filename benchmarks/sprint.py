@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = DiffusionConfig(dim=384, num_heads=6)
-    batch, rounds = 8, 11
+    batch, rounds = 8, 31
     if options.quick:
         config = DiffusionConfig(image_size=16, dim=64, num_heads=4)
         batch, rounds = 2, 3
@@ -63,19 +63,16 @@ def main() -> None:
 
         return run
 
-    cases = {
-        "dense": step(1.0),
-        "stage 1": step(0.25),
-        "classifier_free": guided("classifier_free"),
-        "path_drop": guided("path_drop"),
-    }
+    # Each pair on its own: an evaluation between two steps moves what the allocator hands out.
+    steps = {"dense": step(1.0), "stage 1": step(0.25)}
+    evaluations = {name: guided(name) for name in ("classifier_free", "path_drop")}
     operations = {}
     for name, keep in (("dense", 1.0), ("stage 1", 0.25)):
         model.train().trunk.keep = keep
         operations[name] = planned_flops(model, batch, config.tokens, backward=True)
-    for guidance in ("classifier_free", "path_drop"):
+    for guidance in evaluations:
         operations[guidance] = model.guided_flops(batch, guidance=guidance)
-    seconds = interleave(cases, rounds=rounds)
+    seconds = interleave(steps, rounds=rounds) | interleave(evaluations, rounds=rounds)
     result: dict[str, object] = {
         "shape": f"D {config.dim}, {config.num_heads} heads, {config.tokens} tokens, B {batch}, "
         f"depth {config.encoder_depth}/{config.middle_depth}/{config.decoder_depth}",
