@@ -19,6 +19,7 @@ from adaptive.blocks.mixture_of_depths import MixtureOfDepths
 from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.routing.layout import TokenLayout
 from benchmarks import parallel as benchmark
+from benchmarks import plan as steps_benchmark
 from launch.machine_probe import PassCounter
 from launch.machines import PUBLISHED, Link, Machine, from_record
 from launch.step_time import (
@@ -35,6 +36,7 @@ from parallel.sequence import even_shards
 from parallel.traffic import Traffic
 from tests.ranks import run_ranks
 
+STEPS = json.loads((Path(benchmark.__file__).parent / "results" / "plan.json").read_text())
 RESULTS = json.loads((Path(benchmark.__file__).parent / "results" / "parallel.json").read_text())
 SEQ_LEN = RESULTS["tokens"] // benchmark.ROWS
 CASES = [
@@ -83,6 +85,13 @@ def test_routed_layers_are_predicted_faster_than_dense_ones_where_they_are(ranks
         measured = found[routed]["seconds"] / found[dense]["seconds"]
         ratio = predicted(ranks, routed) / predicted(ranks, dense)
         assert ratio == pytest.approx(measured, rel=0.5)
+
+
+def test_predicted_steps_of_a_recipe_lie_near_the_recorded_ones() -> None:
+    machine = from_record(STEPS["probe"])
+    for name, case in STEPS["meshes"].items():
+        ratio = steps_benchmark.predicted(name, machine) / case["seconds"]
+        assert 0.5 < ratio < 1.5, (name, ratio)
 
 
 def _layer(dim: int, heads: int, ffn_dim: int, capacity: float | None, mesh: Mesh) -> nn.Module:
