@@ -55,9 +55,9 @@ def build(name: str) -> Decoder:
     model = Decoder(CONFIGS[name]).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.2)
+            nn.init.normal_(module.weight, std=0.3)
         if isinstance(module, MixtureOfDepths):
-            nn.init.normal_(module.router.weight, std=0.2)
+            nn.init.normal_(module.router.weight, std=0.3)
     return model
 
 
