@@ -45,7 +45,7 @@ class Engine:
     def __init__(self, config: RunConfig, task: Task, *, mesh: Mesh, device: torch.device) -> None:
         import deepspeed
 
-        self.config, self.mesh, self.device = config, mesh, device
+        self.config, self.mesh, self.device, self._task = config, mesh, device, task
         self.micro_batch, self.accumulation = batch_split(config, mesh.data)
         self.replicas = mesh.replicas * self.accumulation
         torch.manual_seed(config.train.seed)
@@ -98,7 +98,7 @@ class Engine:
         self, batch: Batch, function: Callable[[nn.Module, Batch], Any] | None = None
     ) -> Any:
         """`function(model, batch)`, by default the task's loss; moves the batch to the device."""
-        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        moved = self._task.on_device(batch, self.device)
         return self._engine(moved, function=function)
 
     def backward(self, loss: Tensor) -> None:

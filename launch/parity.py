@@ -50,8 +50,8 @@ class RecipeSubject:
         return self._task(mesh).build_model()
 
     def batch(self, step: int) -> Batch:
-        batch = self._task(Mesh.single()).batch(self._rows(step))
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        task = self._task(Mesh.single())
+        return task.on_device(task.batch(self._rows(step)), self.device)
 
     def tokens(self, step: int) -> int:
         return self._task(Mesh.single()).tokens(self._rows(step))

@@ -5,17 +5,17 @@ Shape legend: B batch, S sequence, T tokens, R kept tokens, K kept per sequence,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.path_fusion import MaskToken, PathFusion
 from adaptive.blocks.wrapping import flatten_tokens, run_block
 from adaptive.ops.flop_counter import FlopCounter, Work
-from adaptive.ops.pack import combine, pack
+from adaptive.ops.pack import pack
 from adaptive.routing.keeping import (
     Keeping,
     check_keeping,
@@ -27,12 +27,9 @@ from adaptive.routing.layout import TokenLayout
 from adaptive.routing.recompute import checkpoint, decide
 from adaptive.routing.selection import Selection
 from adaptive.routing.tape import RoutingRecord, current_tape
-from parallel.linear import linear
 from parallel.mesh import Mesh
 from parallel.sequence import even_shards
-from parallel.tensor import replicated
 
-MaskToken = Literal["fixed", "learnt"]
 Paths = Literal["both", "sparse", "dense"]
 
 
@@ -44,6 +41,11 @@ class SparseDenseFusion(nn.Module):
     `Linear(2D -> D)(concat[g restored ; f])` joins the two paths. In training tokens are dropped
     (`keep`) and, with probability `path_drop`, a sample's whole g output is [MASK]; in evaluation
     every token is kept, unless `keep_ids` says otherwise.
+
+    A sample whose g output is [MASK] is left out of the middle: it is not computed to be thrown
+    away. It is computed and masked where leaving it out would need the host to wait for the device
+    (`drop_path` given there), under `torch.compile`, whose shapes it would change, and where blocks
+    get tensors that `per_sequence` does not name.
 
     Args:
         encoder, middle, decoder: blocks, each mapping hidden states to updated hidden states,
@@ -59,6 +61,8 @@ class SparseDenseFusion(nn.Module):
         mask_token: "fixed", N(0, 0.02) without gradient (the official one), or "learnt".
         paths: "both"; or, as controls, "sparse" (the fusion sees [MASK] in f's place) and
             "dense" (no middle, g is always [MASK]).
+        per_sequence: keyword arguments of the blocks that are tensors with a row for every sequence
+            (a condition [B, D]); a block gets the rows of the sequences that it computes.
         recompute: keep no activations inside blocks; backward computes them again.
         mesh: how the ranks share the model; one rank by default.
 
@@ -80,6 +84,7 @@ class SparseDenseFusion(nn.Module):
         path_drop: float = 0.1,
         mask_token: MaskToken = "fixed",
         paths: Paths = "both",
+        per_sequence: Collection[str] = (),
         recompute: bool = False,
         mesh: Mesh | None = None,
     ) -> None:
@@ -99,6 +104,7 @@ class SparseDenseFusion(nn.Module):
         self.grid = grid
         self.path_drop = path_drop
         self.paths = paths
+        self.per_sequence = frozenset(per_sequence)
         self.recompute = recompute
         self.mesh = Mesh.single() if mesh is None else mesh
         self.fusion = PathFusion(dim, mask_token=mask_token, mesh=self.mesh)
@@ -122,8 +128,8 @@ class SparseDenseFusion(nn.Module):
             layout: where packed tokens came from.
             keep_ids: int64 [B, K], the columns that the middle computes, in any order, for
                 sequences of one length; None: drawn in training, all in evaluation.
-            drop_path: bool [B], samples whose g output is [MASK]; None: drawn in training,
-                none in evaluation.
+            drop_path: bool [B], samples whose g output is [MASK], on the host for them to be left
+                out of the middle; None: drawn in training, none in evaluation.
             inner_kwargs: handed to every block through `inner`.
 
         Returns:
@@ -163,8 +169,7 @@ class SparseDenseFusion(nn.Module):
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """Encoder and decoder for all tokens, the middle for the kept ones among themselves."""
-        planned = work.share(self.keep) if self.training and self.keep < 1 else work
-        chosen = count.chosen(self, planned=planned, dense=work)
+        chosen = count.chosen(self, planned=self.planned_work(work), dense=work)
         with count.recomputed() if self.recompute else nullcontext():
             for part, of_part in (
                 (self.encoder, work),
@@ -173,6 +178,13 @@ class SparseDenseFusion(nn.Module):
             ):
                 count(part, of_part)
         self.count_fusion(count, work, chosen)
+
+    def planned_work(self, work: Work) -> Work:
+        """What the middle is expected to compute of it."""
+        if not self.training:
+            return work
+        kept = work.share(self.keep) if self.keep < 1 else work
+        return kept.of_sequences(1 - self.path_drop)
 
     def count_fusion(self, count: FlopCounter, dense: Work, sparse: Work) -> None:
         """Count the products of the rows of each path, and [MASK]'s own."""
@@ -183,13 +195,11 @@ class SparseDenseFusion(nn.Module):
         for work in rows:
             count.linear(dim, dim, work, input_grad=work is not one_row)
 
-    def choose(self, layout: TokenLayout, keep_ids: Tensor | None = None) -> Selection | None:
-        """The tokens that the middle computes, those of this rank's rows; None: every token.
-
-        Draws from torch's default generator, which tensor ranks seed alike.
-        """
-        selection = self._choose(layout, keep_ids)
-        return None if selection is None else selection.on_shard(layout, self.mesh)
+    def leaves_out(self, kwargs: dict[str, Any]) -> bool:
+        """Whether blocks that get these keyword arguments can do without some of the sequences."""
+        others = [value for name, value in kwargs.items() if name not in self.per_sequence]
+        unclear = (Tensor, list, tuple, dict)
+        return not any(isinstance(value, unclear) for value in others)
 
     def _choose(self, layout: TokenLayout, keep_ids: Tensor | None) -> Selection | None:
         if self.paths == "dense":
@@ -240,38 +250,76 @@ class SparseDenseFusion(nn.Module):
         drop_path: Tensor | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        selection = decide(lambda: self.choose(layout, keep_ids))
-        drop_B = decide(lambda: self._path_drops(layout, drop_path))
+        without = self.leaves_out(kwargs) and not torch.compiler.is_compiling()
+        drawn = decide(lambda: self._draw(layout, keep_ids, drop_path, without))
+        selection, present_M, kept_R = drawn
         dense_TD = self.inner(self.encoder, hidden_TD, layout, **kwargs)
         sparse_RD = None
         if self.paths != "dense":
-            sparse_RD = self.middle_path(dense_TD, layout, selection, **kwargs)
+            of_middle = kwargs if present_M is None else self._rows_of(present_M, kwargs)
+            sparse_RD = self.middle_path(dense_TD, layout, selection, **of_middle)
         fused_TD = self.fuse(
             dense_TD,
             sparse_RD,
             indices_R=None if selection is None else selection.indices,
-            kept_R=None if drop_B is None else self._of_rows(~drop_B, layout, selection),
+            kept_R=kept_R,
         )
         out_TD = self.inner(self.decoder, fused_TD, layout, **kwargs)
         self._record(layout, selection, rows=dense_TD.shape[0])
         return out_TD
+
+    def _draw(
+        self, layout: TokenLayout, keep_ids: Tensor | None, drop_path: Tensor | None, without: bool
+    ) -> tuple[Selection | None, Tensor | None, Tensor | None]:
+        """What the middle computes: tokens, their sequences, and what is kept of its output.
+
+        Tokens are those of this rank's rows, None for all; sequences int64 [M], None for all;
+        kept bool [R], None for all. Draws from torch's default generators, which tensor ranks
+        seed alike.
+        """
+        selection = self._choose(layout, keep_ids)
+        drop_B = self._path_drops(layout, drop_path)
+        present_M = None
+        if drop_B is not None and without and drop_B.device.type == "cpu":
+            if drop_B.any():
+                # Where all are dropped one is computed: every parameter takes part in every step.
+                kept_B = torch.arange(layout.batch_size) == 0 if drop_B.all() else ~drop_B
+                present_M = kept_B.nonzero().squeeze(1)
+                everything = Selection.whole(layout) if selection is None else selection
+                selection = everything.of_sequences(present_M)
+                drop_B = drop_B[present_M]
+            drop_B = drop_B if drop_B.any() else None
+        selection = None if selection is None else selection.on_shard(layout, self.mesh)
+        kept_R = None if drop_B is None else self._of_rows(~drop_B, layout, selection)
+        return selection, present_M, kept_R
+
+    def _rows_of(self, sequences_M: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments for blocks that compute some of the sequences."""
+        return {
+            name: value[sequences_M.to(value.device)]
+            if name in self.per_sequence and isinstance(value, Tensor)
+            else value
+            for name, value in kwargs.items()
+        }
 
     def _path_drops(self, layout: TokenLayout, drop_path: Tensor | None) -> Tensor | None:
         if drop_path is not None:
             if drop_path.shape != (layout.batch_size,):
                 shape = list(drop_path.shape)
                 raise ValueError(f"drop_path of shape {shape}: must be [{layout.batch_size}]")
-            return drop_path.bool()
+            return None if self.paths == "dense" else drop_path.bool()
         if not self.training or self.path_drop == 0 or self.paths == "dense":
             return None
-        draws_B = torch.rand(layout.batch_size, device=layout.positions.device)
-        return draws_B < self.path_drop
+        # On the host, which what is left out decides the shapes of.
+        device = "meta" if layout.positions.is_meta else "cpu"
+        return torch.rand(layout.batch_size, device=device) < self.path_drop
 
     def _of_rows(
         self, of_sequence_B: Tensor, layout: TokenLayout, selection: Selection | None
     ) -> Tensor:
         """A value of each sequence, repeated for its (selected) tokens that this rank holds."""
         taken = layout if selection is None else selection.layout
+        of_sequence_B = of_sequence_B.to(taken.positions.device)
         if taken.uniform:
             of_token_T = of_sequence_B[:, None].expand(-1, taken.max_seqlen).flatten()
         else:
@@ -297,77 +345,3 @@ class SparseDenseFusion(nn.Module):
             chosen=None if selection is None else selection.mask(rows),
         )
         tape.record(self, record)
-
-
-class PathFusion(nn.Module):
-    """`Linear(2D -> D)(concat[g restored ; f])` without restoring or concatenating anything.
-
-    The linear layer is split by its two inputs. Every dropped place has the same g row, [MASK],
-    whose product is computed once and joins the bias; kept places add
-    `(g - [MASK]) · Wg`, so that half costs as many tokens as the middle had.
-
-    Parameters: weight [D, 2D] (g first), bias [D], mask_token [D] (a buffer when fixed).
-
-    Source: SPRINT, arXiv 2510.21986, section 3.
-    """
-
-    mask_token: Tensor
-
-    def __init__(
-        self, dim: int, *, mask_token: MaskToken = "fixed", mesh: Mesh | None = None
-    ) -> None:
-        super().__init__()
-        self.mesh = Mesh.single() if mesh is None else mesh
-        if mask_token not in get_args(MaskToken):
-            raise ValueError(
-                f"mask_token={mask_token!r}: must be one of {', '.join(get_args(MaskToken))}"
-            )
-        self.dim = dim
-        self.weight = nn.Parameter(torch.empty(dim, 2 * dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-        nn.init.xavier_uniform_(self.weight)
-        mask_D = torch.randn(dim) * 0.02
-        if mask_token == "learnt":
-            self.mask_token = nn.Parameter(mask_D)
-        else:
-            self.register_buffer("mask_token", mask_D)
-
-    def forward(
-        self,
-        dense_TD: Tensor | None,
-        sparse_RD: Tensor | None,
-        *,
-        indices_R: Tensor | None = None,
-        kept_R: Tensor | None = None,
-        tokens: int | None = None,
-    ) -> Tensor:
-        """Fuse the two paths.
-
-        Args:
-            dense_TD: f's output; None: [MASK] everywhere (then `tokens` says T).
-            sparse_RD: g's output at the kept tokens; None: [MASK] everywhere.
-            indices_R: int64 [R], where the kept tokens belong; None: R is T.
-            kept_R: bool [R], False where path drop replaces g's output; None: nowhere.
-            tokens: T.
-
-        Returns:
-            [T, D].
-        """
-        # Under sequence parallelism each rank has its own rows, and gradients are summed.
-        weight, bias, mask_D = (
-            replicated(tensor, self.mesh) for tensor in (self.weight, self.bias, self.mask_token)
-        )
-        from_sparse_DD, from_dense_DD = weight.split(self.dim, dim=1)
-        masked_D = F.linear(mask_D, from_sparse_DD, bias)
-        if dense_TD is None:
-            both_D = F.linear(mask_D, from_dense_DD, masked_D)
-            base_TD = both_D.expand(tokens or 0, -1).contiguous()
-        else:
-            base_TD = linear(dense_TD, from_dense_DD, masked_D)
-        if sparse_RD is None:
-            return base_TD
-        update_RD = linear(sparse_RD - mask_D, from_sparse_DD)
-        weights_R = None if kept_R is None else kept_R.to(update_RD.dtype)
-        if indices_R is not None:
-            return combine(base_TD, update_RD, indices_R, weights_R)
-        return base_TD + (update_RD if weights_R is None else update_RD * weights_R[:, None])

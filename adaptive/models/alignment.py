@@ -90,12 +90,22 @@ class AlignedFusion(SparseDenseFusion):
         self._align(packed_TD, features, layout)
         return super().inner(part[number:], packed_TD, layout, **kwargs)
 
+    def leaves_out(self, kwargs: dict[str, Any]) -> bool:
+        """Not where the middle is aligned: a sample whose path is dropped has that loss still."""
+        aligned = kwargs.get("features") is not None and self._place()[0] is self.middle
+        return not aligned and super().leaves_out(kwargs)
+
+    def planned_work(self, work: Work) -> Work:
+        """As of the fusion, but that an aligned middle leaves no sample out."""
+        if self.training and self._place()[0] is self.middle:
+            return work.share(self.keep) if self.keep < 1 else work
+        return super().planned_work(work)
+
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         super().count_flops(count, work)
         part, _ = self._place()
         if self.training:
-            planned = work.share(self.keep) if self.keep < 1 else work
-            chosen = count.chosen(self, planned=planned, dense=work)
+            chosen = count.chosen(self, planned=self.planned_work(work), dense=work)
             count(self.projector, chosen if part is self.middle else work)
 
     def _place(self) -> tuple[nn.ModuleList, int]:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from adaptive.blocks.sprint import MaskToken, Paths, SparseDenseFusion
+from adaptive.blocks.path_fusion import MaskToken
+from adaptive.blocks.sprint import Paths, SparseDenseFusion
 from adaptive.models.alignment import AlignedFusion, AlignmentConfig
 from adaptive.models.diffusion_layers import (
     AxialRotary,
@@ -182,6 +183,7 @@ class DiffusionTransformer(nn.Module):
             "path_drop": config.path_drop,
             "mask_token": config.mask_token,
             "paths": config.paths,
+            "per_sequence": ("condition", "features"),
             "recompute": config.recompute,
             "mesh": mesh,
         }
@@ -217,8 +219,8 @@ class DiffusionTransformer(nn.Module):
                 drawn (`adaptive.models.flow_matching`), not here.
             keep_ids: int64 [B, K], tokens that the middle computes, in any order; None: drawn in
                 training, all in evaluation.
-            drop_path: bool [B], samples whose middle output is [MASK]; None: drawn in training,
-                none in evaluation.
+            drop_path: bool [B], samples whose middle output is [MASK], which the middle leaves out
+                where this is on the host; None: drawn in training, none in evaluation.
             features: float [B, S, F], what `config.alignment` aligns to; None: nothing.
 
         Returns:

@@ -68,7 +68,7 @@ class TimeEmbedding(nn.Module):
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """One row a sample; its input, time, takes no gradient."""
-        rows = of_samples(work)
+        rows = work.of_samples
         count.linear(self.up.in_features, self.up.out_features, rows, input_grad=False)
         count(self.down, rows)
 
@@ -257,12 +257,7 @@ class Modulation(nn.Module):
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """One row a sample, whatever share of its tokens is computed."""
-        count(self.linear, of_samples(work))
-
-
-def of_samples(work: Work) -> Work:
-    """The work on one row for every sample (conditions, modulations)."""
-    return Work.of(torch.ones_like(work.tokens))
+        count(self.linear, work.of_samples)
 
 
 def modulated_norm(

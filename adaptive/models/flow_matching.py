@@ -22,7 +22,8 @@ class Draws(NamedTuple):
         t: [B], times in (0, 1), float32.
         y: int64 [B], labels, some replaced by the null label.
         keep_ids: int64 [B, K], tokens that the middle computes.
-        drop_path: bool [B], samples whose middle output is [MASK].
+        drop_path: bool [B], samples whose middle output is [MASK]; on the host, for the middle to
+            leave them out without waiting for the device.
     """
 
     noise: Tensor

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -42,11 +42,14 @@ class Work:
         source: float64 [B], tokens whose keys and values it computes.
         keys: float64 [B], keys that each query is compared with: the source, or more of them
             when earlier ones come from a cache.
+        sequences: float64 [B], how many there are of each sequence, a share where a plan expects
+            only some of them; None: one of each.
     """
 
     tokens: Tensor
     source: Tensor
     keys: Tensor
+    sequences: Tensor | None = None
 
     @staticmethod
     def of(
@@ -71,21 +74,34 @@ class Work:
         """
         kept_B = torch.floor(self.tokens * capacity + 0.5).clamp(min=1)
         kept_B = torch.minimum(kept_B, self.tokens)
-        return Work(kept_B, kept_B, kept_B)
+        return Work(kept_B, kept_B, kept_B, self.sequences)
+
+    def of_sequences(self, share: float) -> Work:
+        """The planned work where that share of the sequences takes part."""
+        ones_B = torch.ones_like(self.tokens) if self.sequences is None else self.sequences
+        return replace(self, sequences=ones_B * share)
+
+    @property
+    def of_samples(self) -> Work:
+        """The work on one row for every sequence (a condition of each sample)."""
+        ones_B = torch.ones_like(self.tokens)
+        return Work(ones_B, ones_B, ones_B, self.sequences)
 
     def queries(self, share: float) -> Work:
         """The planned work on a share of the tokens, which attend to all keys (SkipLayer)."""
-        return Work(self.tokens * share, self.source, self.keys)
+        return replace(self, tokens=self.tokens * share)
 
     def times(self, factor: float) -> Work:
         """Rows of a product that sees every token `factor` times (top-k experts). No attention."""
         rows_B = self.tokens * factor
-        return Work(rows_B, rows_B, rows_B)
+        return Work(rows_B, rows_B, rows_B, self.sequences)
 
     @property
     def of_source(self) -> Work:
         """The work on the tokens whose keys and values are computed."""
-        return self if self.among_themselves else Work(self.source, self.source, self.source)
+        if self.among_themselves:
+            return self
+        return Work(self.source, self.source, self.source, self.sequences)
 
     @property
     def among_themselves(self) -> bool:
@@ -241,7 +257,8 @@ class FlopCounter:
         """The operations so far. Tensors; reading them waits for the device."""
         sums = [torch.zeros((), dtype=torch.float64)] * 3
         for (work, pair), coefficients in self._costs.items():
-            units = (work.tokens * work.keys).sum() if pair else work.tokens.sum()
+            units_B = work.tokens * work.keys if pair else work.tokens
+            units = (units_B if work.sequences is None else units_B * work.sequences).sum()
             sums = [a + units * c for a, c in zip(sums, coefficients, strict=True)]
         return Flops(*sums)
 

@@ -66,6 +66,37 @@ class Selection:
         indices, shard_sizes = rows_of_rank(self.indices, sizes, mesh.shard_rank)
         return replace(self, indices=indices, shard_sizes=shard_sizes)
 
+    def of_sequences(self, sequences_M: Tensor) -> Selection:
+        """The same tokens of some sequences only, as a choice from a batch of M.
+
+        To be called before `on_shard`. Synchronises with the host once where sequences have
+        different numbers of tokens, otherwise never.
+
+        Args:
+            sequences_M: int64 [M], ascending, on any device.
+        """
+        lengths_B = self.cu_seqlens.diff()
+        sequences_M = sequences_M.to(lengths_B.device)
+        lengths_M = lengths_B[sequences_M]
+        cu_seqlens = torch.zeros(len(sequences_M) + 1, dtype=torch.int32, device=lengths_B.device)
+        cu_seqlens[1:] = lengths_M.cumsum(0)
+        if self.layout.uniform:
+            rows, longest = len(sequences_M) * self.max_seqlen, self.max_seqlen
+        else:
+            rows, longest = torch.stack([lengths_M.sum(), lengths_M.amax()]).tolist()
+        shift_M = self.cu_seqlens[sequences_M] - cu_seqlens[:-1]
+        shift_R = torch.repeat_interleave(shift_M, lengths_M, output_size=rows)
+        kept_R = torch.arange(rows, device=shift_R.device) + shift_R
+        return replace(
+            self,
+            indices=self.indices[kept_R],
+            cu_seqlens=cu_seqlens,
+            max_seqlen=longest,
+            weights=None if self.weights is None else self.weights[kept_R],
+            batch_size=len(sequences_M),
+            positions=self.positions[kept_R],
+        )
+
     def with_weights(self, weights: Tensor | None) -> Selection:
         return replace(self, weights=weights)
 
@@ -74,6 +105,19 @@ class Selection:
         chosen = torch.zeros(source_tokens, dtype=torch.bool, device=self.indices.device)
         chosen[self.indices] = True
         return chosen
+
+    @staticmethod
+    def whole(layout: TokenLayout) -> Selection:
+        """Every token of `layout`."""
+        return Selection(
+            indices=torch.arange(layout.tokens, device=layout.positions.device),
+            cu_seqlens=layout.cu_seqlens,
+            max_seqlen=layout.max_seqlen,
+            weights=None,
+            batch_size=layout.batch_size,
+            seq_len=layout.max_seqlen,
+            positions=layout.positions,
+        )
 
     @staticmethod
     def from_mask(chosen_T: Tensor, layout: TokenLayout) -> Selection:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from launch.engine import Engine
 
 Batch = Mapping[str, Tensor]
-"""Tensors of some rows, rows first. The loop moves them to the device and gives them to losses."""
+"""Tensors of some rows, rows first. The loop moves them to the device and gives them to losses,
+but for those that `Task.on_host` names."""
 
 Sums = dict[str, tuple[Tensor, int]]
 """metric -> (sum over this rank's valid tokens or rows, their count)."""
@@ -50,6 +51,7 @@ class Task(ABC):
 
     Class attributes:
         model_config, data_config: dataclasses of the sections `model` and `data`.
+        on_host: names of a batch's tensors that stay on the host: they decide shapes.
 
     Args:
         config: of this phase of the run.
@@ -59,6 +61,7 @@ class Task(ABC):
 
     model_config: ClassVar[type]
     data_config: ClassVar[type]
+    on_host: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: RunConfig, *, mesh: Mesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
@@ -78,6 +81,14 @@ class Task(ABC):
     @abstractmethod
     def batch(self, rows: range) -> Batch:
         """Training rows of the stream, on the CPU. A pure function of (seed, rows)."""
+
+    @classmethod
+    def on_device(cls, batch: Batch, device: torch.device | str) -> Batch:
+        """The batch where `loss_sum` and `validation_sums` want it."""
+        return {
+            name: tensor if name in cls.on_host else tensor.to(device)
+            for name, tensor in batch.items()
+        }
 
     @abstractmethod
     def tokens(self, rows: range) -> int:

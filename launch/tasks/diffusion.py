@@ -42,6 +42,7 @@ class DiffusionTask(Task):
 
     model_config: ClassVar[type] = DiffusionConfig
     data_config: ClassVar[type] = ImageConfig
+    on_host: ClassVar[frozenset[str]] = frozenset({"drop_path"})
 
     def __init__(self, config: RunConfig, *, mesh: Mesh, device: torch.device) -> None:
         super().__init__(config, mesh=mesh, device=device)

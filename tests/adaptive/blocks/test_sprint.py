@@ -113,7 +113,7 @@ def test_training_keeps_its_share_in_every_cell() -> None:
 
 @pytest.mark.parametrize("keep", [0.125, 0.25, 0.375, 0.5])
 def test_video_keeps_its_share_in_every_three_dimensional_cell(keep: float) -> None:
-    module = fusion_of(keep=keep, grid=(2, 4, 4))
+    module = fusion_of(keep=keep, grid=(2, 4, 4), path_drop=0.0)
     with RoutingTape() as tape:
         module(torch.randn(3, 32, DIM, dtype=torch.float64))
     cells = tape.records[0].chosen.view(3, 1, 2, 2, 2, 2, 2).sum(dim=(2, 4, 6))
@@ -141,6 +141,62 @@ def test_path_drop_takes_whole_samples_at_its_rate() -> None:
     assert (is_masked.all(1) | ~is_masked.any(1)).all()
     # Five standard errors of sqrt(.25 * .75 / 2000).
     assert abs(is_masked.all(1).double().mean() - 0.25) < 0.05
+
+
+class Masking(SparseDenseFusion):
+    """Computes the middle of dropped samples too and throws it away, as the official code does."""
+
+    def leaves_out(self, kwargs: dict[str, Any]) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("case", ["kept tokens", "all tokens", "ragged text", "all dropped"])
+def test_a_dropped_sample_is_left_out_of_the_middle_and_nothing_else_changes(case: str) -> None:
+    drop = torch.tensor([True, False, True] if case != "all dropped" else [True] * 3)
+    results = []
+    for kind in (SparseDenseFusion, Masking):
+        module = text_fusion() if case == "ragged text" else fusion_of()
+        module.__class__ = kind
+        seen = []
+        module.middle[0].register_forward_pre_hook(lambda _, args, s=seen: s.append(args[0]))
+        x, layout = hidden().flatten(0, 1), TokenLayout.dense(3, 16)
+        if case == "ragged text":
+            x, layout = x[:20], TokenLayout.from_lengths([7, 4, 9])
+        module.keep = 1.0 if case == "all tokens" else 0.25
+        x.requires_grad_()
+        torch.manual_seed(3)
+        with RoutingTape() as tape:
+            out = module(x, layout=layout, drop_path=drop)
+        out.square().sum().backward()
+        gradients = {name: p.grad for name, p in module.named_parameters()}
+        executed = tape.records[0].executed
+        assert executed == seen[0].numel() // DIM
+        assert executed == tape.records[0].executed_lengths.sum()
+        results.append((executed, [out, x.grad, gradients]))
+    (executed, ours), (whole, masked) = results
+    torch.testing.assert_close(ours, masked)
+    # A batch that is dropped whole computes one sample: every parameter takes part.
+    want = {"kept tokens": (4, 12), "all tokens": (16, 48), "ragged text": (1, 6)}
+    assert (executed, whole) == want.get(case, (4, 12))
+
+
+def test_blocks_get_the_rows_of_the_sequences_that_they_compute() -> None:
+    class Shifted(nn.Module):
+        def forward(self, x_BKD: Tensor, *, shift: Tensor) -> Tensor:
+            return x_BKD + shift[:, None]
+
+    drop, shift = torch.tensor([True, False, True]), hidden()[:, 0]
+    outs = []
+    for named in (("shift",), ()):
+        torch.manual_seed(0)
+        parts = ([], [Shifted()], [])
+        module = SparseDenseFusion(*parts, DIM, keep=1.0, per_sequence=named).double()
+        rows = []
+        module.middle[0].register_forward_pre_hook(lambda _, args, r=rows: r.append(len(args[0])))
+        outs.append(module(hidden(), drop_path=drop, shift=shift))
+        # Without the name nobody knows whose rows they are: computed, and masked.
+        assert rows == ([1] if named else [3])
+    torch.testing.assert_close(*outs)
 
 
 def test_a_dropped_path_still_gives_every_parameter_a_gradient() -> None:
@@ -212,7 +268,7 @@ def test_padding_changes_nothing_and_leaves_as_it_came(side: str) -> None:
 
 
 def test_padding_is_never_kept_nor_counted() -> None:
-    module = text_fusion()
+    module = text_fusion(path_drop=0.0)
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[0, :8], mask[1, :4] = True, True
     with RoutingTape() as tape:
@@ -260,11 +316,12 @@ def test_a_checkpoint_around_the_whole_module_repeats_the_draws() -> None:
 
 
 def test_fixed_grids_keep_static_shapes_without_a_host_synchronisation() -> None:
-    """Under FakeTensor any read of a value raises."""
+    """Under FakeTensor any read of a value raises. Dropped paths are drawn on the host."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        module = SparseDenseFusion([Mixing()], [Mixing()], [Mixing()], DIM, grid=(4, 4))
+        parts = [[Mixing()] for _ in range(3)]
+        module = SparseDenseFusion(*parts, DIM, grid=(4, 4), path_drop=0.0)
         out = module(torch.randn(2, 16, DIM))
         out.sum().backward()
     assert out.shape == (2, 16, DIM)

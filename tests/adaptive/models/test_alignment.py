@@ -75,9 +75,20 @@ def test_shares_of_micro_batches_add_up_to_the_loss_of_the_whole() -> None:
     torch.testing.assert_close(parts, whole.loss())
 
 
+def test_a_middle_whose_path_is_dropped_is_aligned_all_the_same() -> None:
+    losses = []
+    for drop in ([False, False], [True, False]):
+        model = model_with(2)
+        with RoutingTape(model) as tape:
+            model(X, T, Y, keep_ids=KEEP, drop_path=torch.tensor(drop), features=FEATURES)
+        losses.append(tape.loss())
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 def test_the_projector_is_counted_where_it_computes(layer: int) -> None:
     model = model_with(layer)
+    model.trunk.path_drop = 0.0
     tape = RoutingTape(model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, tape:
         model(X, T, Y, features=FEATURES)

@@ -246,7 +246,7 @@ def counted(model: DiffusionTransformer, call: Any) -> int:
 def test_planned_and_executed_operations_are_those_that_torch_counts(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny(**options)
+    model = tiny(path_drop=0.0, **options)
     tape = RoutingTape(model)
 
     def forward() -> None:
@@ -263,6 +263,21 @@ def test_planned_and_executed_operations_are_those_that_torch_counts(
     backward = counted(model, out.backward)
     both = planned_flops(model, 4, 16, backward=True)
     assert both - torch_says == backward
+
+
+@pytest.mark.parametrize("keep", [0.25, 1.0])
+def test_samples_whose_path_is_dropped_cost_no_middle(keep: float) -> None:
+    """Two of four dropped are what is planned at a rate of one half."""
+    model = tiny(keep=keep, path_drop=0.5)
+    tape = RoutingTape(model)
+
+    def forward() -> None:
+        with tape:
+            model(*inputs(), drop_path=torch.tensor([True, False, False, True]))
+
+    torch_says = counted(model, forward)
+    assert int(executed_flops(model, tape.records, 4, 16)) == torch_says
+    assert planned_flops(model, 4, 16) == torch_says
 
 
 @pytest.mark.parametrize("options", [{}, {"paths": "sparse"}])
