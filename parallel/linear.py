@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from parallel.eager import plain_eager
 from parallel.matrix_product import by_onednn, product, worth_compiling
 
 _COMING_BACK = 16
@@ -55,14 +55,7 @@ class Linear(nn.Linear):
 
 
 def _plain(x: Tensor, weight_OI: Tensor) -> bool:
-    return (
-        by_onednn(x)
-        and by_onednn(weight_OI)
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    return by_onednn(x) and by_onednn(weight_OI) and plain_eager()
 
 
 class _Keep(torch.autograd.Function):

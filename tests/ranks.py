@@ -17,6 +17,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 _PRELOAD = [
     "pytest",
     "torch.distributed",
@@ -28,6 +30,11 @@ _PRELOAD = [
     "adaptive",
     "adaptive.models.decoder",
 ]
+
+
+# Kernels that are interpreted take minutes where compiled ones take seconds.
+_INTERPRETED = os.environ.get("ADAPTIVE_BACKEND") == "triton" and not torch.cuda.is_available()
+_LONGER = 15 if _INTERPRETED else 1
 
 
 class RankError(AssertionError):
@@ -45,7 +52,8 @@ def run_ranks(
             LOCAL_RANK and WORLD_SIZE set, and torch seeded with 0.
         n: ranks.
         timeout: seconds after which every rank is killed; a collective gives up a little earlier,
-            so that the rank that waits shows where.
+            so that the rank that waits shows where. Longer where the suite is forced to kernels
+            that are interpreted.
 
     Returns:
         What each rank returned, by rank.
@@ -54,6 +62,7 @@ def run_ranks(
         RankError: with the traceback of the rank that failed first.
     """
     context = _context()
+    timeout *= _LONGER
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         payload = pickle.dumps((function, args, kwargs))

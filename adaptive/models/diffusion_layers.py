@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.ops.flop_counter import FlopCounter, Work
+from adaptive.ops.rms_norm import rms_norm
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
 from parallel.linear import Linear, linear
@@ -102,6 +103,10 @@ class AxialRotary(nn.Module):
 
 def rotate_pairs(x_THh: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the interleaved pairs (2i, 2i+1) of every head by the angles of the tables."""
+    if x_THh.dtype == torch.float32 and not torch.compiler.is_compiling():
+        # A turn is a complex product: one pass, and one in the backward.
+        pairs = torch.view_as_complex(x_THh.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(*tables)).flatten(-2)
     cos, sin = (table.to(x_THh.dtype) for table in tables)
     even, odd = x_THh.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
@@ -158,7 +163,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x_THh: Tensor) -> Tensor:
         weight = replicated_in_region(self.weight, self.mesh).to(x_THh.dtype)
-        return F.rms_norm(x_THh, weight.shape, weight, NORM_EPS)
+        return rms_norm(x_THh.flatten(0, 1), weight, NORM_EPS).view_as(x_THh)
 
 
 class DiffusionAttention(nn.Module):

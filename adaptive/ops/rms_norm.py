@@ -5,11 +5,14 @@ Shape legend: T tokens, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adaptive.ops.backend import Implementation, choose, refuses_library, register
+from parallel.eager import plain_eager
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -32,6 +35,50 @@ def _reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D.to(x_TD.dtype), eps)
 
 
+class _FewPasses(torch.autograd.Function):
+    """The same in float32 on a CPU, in five passes over the tokens forward and backward.
+
+    torch's own is a chain of operators, whose backward makes three to five times as many passes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        inverse_T1 = _inverse_rms(x_TD, eps)
+        ctx.save_for_backward(x_TD, weight_D, inverse_T1)
+        ctx.eps = eps
+        return (x_TD * inverse_T1).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_TD, weight_D, inverse_T1 = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Differentiated itself, it must see that the inverse depends on x.
+            inverse_T1 = _inverse_rms(x_TD, ctx.eps)
+        both_TD = grad_TD * x_TD
+        weight_grad_D = both_TD.t() @ inverse_T1.squeeze(-1)
+        toward_x_T1 = (both_TD @ weight_D)[:, None] * inverse_T1.pow(3) / -x_TD.shape[-1]
+        return (
+            torch.addcmul(grad_TD * weight_D * inverse_T1, x_TD, toward_x_T1),
+            weight_grad_D,
+            None,
+        )
+
+
+def _inverse_rms(x_TD: Tensor, eps: float) -> Tensor:
+    norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
+    return (norm_T1.square() / x_TD.shape[-1] + eps).rsqrt()
+
+
+def _few_passes(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return _FewPasses.apply(x_TD, weight_D.to(x_TD.dtype), eps)
+
+
+def _refuses_few_passes(x_TD: Tensor) -> str | None:
+    if x_TD.device.type != "cpu" or x_TD.dtype != torch.float32:
+        return "written for float32 on a CPU"
+    return None if plain_eager() else "compiled, transformed or autocast"
+
+
 def _apex(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
@@ -47,4 +94,5 @@ def _refuses_apex(x_TD: Tensor) -> str | None:
 
 
 register("rms_norm", Implementation("reference", _reference))
+register("rms_norm", Implementation("torch", _few_passes, _refuses_few_passes))
 register("rms_norm", Implementation("apex", _apex, _refuses_apex))
