@@ -145,15 +145,15 @@ class LayerShape:
 def layer_passes(shape: LayerShape, tokens: float, mesh: Mesh, *, size: int) -> float:
     """Bytes that the element-wise work of a layer touches on one rank, forward and backward.
 
-    Numbers a token: outside split products 84 D (norms, residuals), inside 38 H h (rotary) and
+    Numbers a token: outside split products 60 D (norms, residuals), inside 38 H h (rotary) and
     14 F (SiLU times up); a routed layer packs and combines, 24 D of a chosen token and 14 D of any.
-    Counted from the plain torch implementation (tests/launch/test_step_time.py); fused kernels
+    Counted from what runs on a CPU (tests/launch/test_step_time.py); fused kernels
     touch less.
     """
     here = tokens / mesh.context
     outside = here / mesh.tensor if mesh.sequence_parallel else here
     inside = 38 * shape.heads * shape.head_dim + 14 * shape.ffn_dim
-    numbers = shape.share * (84 * shape.dim * outside + inside * here / mesh.tensor)
+    numbers = shape.share * (60 * shape.dim * outside + inside * here / mesh.tensor)
     if shape.share < 1:
         numbers += (24 * shape.share + 14) * shape.dim * outside
     return numbers * size
