@@ -36,7 +36,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     if not coming_back or not worth_compiling(rows, weight_OI) or not _plain(x, weight_OI):
         return F.linear(x, weight_OI, bias_O)
     # A slice of a wider weight is copied: a thousandth of the products' time, and oneDNN wants it.
-    x_TI, weight_OI = x.reshape(rows, x.shape[-1]), weight_OI.contiguous()
+    weight_OI = weight_OI.contiguous()
+    x_TI = x if x.dim() == 2 else x.reshape(rows, x.shape[-1])
     kept_TI = _Keep.apply(x_TI, weight_OI)
     if kept_TI.grad_fn is not None:
         out_TO = _Linear.apply(kept_TI, weight_OI, bias_O, kept_TI.grad_fn, x.requires_grad)
@@ -44,7 +45,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
         out_TO = product(x_TI, weight_OI.t()) + bias_O
     else:
         out_TO = product(x_TI, weight_OI.t(), bias=bias_O)
-    return out_TO.view(*x.shape[:-1], weight_OI.shape[0])
+    return out_TO if x.dim() == 2 else out_TO.view(*x.shape[:-1], weight_OI.shape[0])
 
 
 class Linear(nn.Linear):

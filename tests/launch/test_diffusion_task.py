@@ -57,6 +57,12 @@ def test_path_drop_and_class_drop_reach_the_batch() -> None:
     assert (batch["y"] < 10).all()
 
 
+def test_dropped_paths_stay_on_the_host_where_they_decide_what_is_computed() -> None:
+    task = task_of()
+    moved = task.on_device(task.batch(range(3)), "meta")
+    assert {name for name, tensor in moved.items() if tensor.device.type == "cpu"} == {"drop_path"}
+
+
 def test_held_out_times_cover_the_training_distribution() -> None:
     task = task_of()
     batch = task.validation_batch(range(task.validation_rows))
