@@ -11,6 +11,11 @@ from adaptive.ops.backend import choose
 from adaptive.ops.rms_norm import _FewPasses, rms_norm
 
 
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADAPTIVE_BACKEND", raising=False)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (7, 5), (300, 64)])
 def test_output_and_gradients_are_those_of_float64(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
