@@ -27,7 +27,7 @@ from launch.errors import BadInput
 from launch.tasks import row_generator
 
 _SPLITS = ("train", "validation")
-_FORMAT = 1
+_FORMAT = 2
 _FEW = 20  # fewer documents than this are held out in part, not as a whole
 
 
@@ -187,13 +187,17 @@ def _files(path: str | None) -> list[tuple[str, Path]]:
         skip = {"site-packages", "dist-packages", "__pycache__"}
         found = [(p.relative_to(root), p) for p in root.rglob("*.py") if p.is_file()]
         return sorted((r.as_posix(), p) for r, p in found if not skip & set(r.parts))
-    expanded = os.path.expanduser(path)
-    if Path(expanded).is_dir():
-        expanded = os.path.join(expanded, "**", "*")
-    files = [Path(p) for p in glob.glob(expanded, recursive=True) if Path(p).is_file()]
+    pattern = os.path.expanduser(path)
+    if Path(pattern).is_dir():
+        root, pattern = Path(pattern), os.path.join(glob.escape(pattern), "**", "*")
+    else:
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts[:-1])
+        root = Path(*fixed)
+    files = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
     if not files:
         raise BadInput(f"data.path={path}: no such file")
-    return sorted((p.as_posix(), p) for p in files)
+    # Names decide what is held out: the same wherever the folder lies.
+    return sorted((p.relative_to(root).as_posix(), p) for p in files)
 
 
 def _documents(files: list[tuple[str, Path]]) -> Iterator[tuple[str, bytes]]:
@@ -227,7 +231,7 @@ def _lines(name: str, file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str,
 
 def _encoded(config: TextConfig, files: list[tuple[str, Path]], tokenizer: Tokenizer) -> Path:
     """The folder that holds the encoded corpus, made now if it is not there."""
-    stats = [(name, p.stat().st_size, p.stat().st_mtime_ns) for name, p in files]
+    stats = [(name, str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for name, p in files]
     identity = [_FORMAT, stats, tokenizer.fingerprint, config.validation_fraction]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     root = Path(config.cache).expanduser()

@@ -70,7 +70,9 @@ def _inverse_rms(x_TD: Tensor, eps: float) -> Tensor:
 
 
 def _few_passes(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return _FewPasses.apply(x_TD, weight_D.to(x_TD.dtype), eps)
+    # The norm of a module may be given [S, B, D].
+    rows_TD = x_TD.reshape(-1, x_TD.shape[-1])
+    return _FewPasses.apply(rows_TD, weight_D.to(x_TD.dtype), eps).view(x_TD.shape)
 
 
 def _refuses_few_passes(x_TD: Tensor) -> str | None:

@@ -118,6 +118,21 @@ def test_processes_that_start_together_share_one_cache(folder: Path) -> None:
     assert not list((folder / "cache").glob("building-*"))
 
 
+def test_what_is_held_out_does_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
+    held_out = []
+    for place in ("here", "there/deep[er]"):
+        folder = tmp_path / place
+        (folder / "part").mkdir(parents=True)
+        for number in range(100):
+            (folder / "part" / f"{number}.txt").write_text(f"document {number} " * 30)
+        options = {"cache": str(tmp_path / "cache"), "validation_fraction": 0.2}
+        held_out.append(bytes(corpus(folder, path=str(folder), **options).validation))
+    assert held_out[0] == held_out[1]
+    # Written as a pattern the names are the same: from the first part with a wildcard on.
+    pattern = str(tmp_path / "here" / "*" / "*.txt")
+    assert bytes(corpus(folder, path=pattern, **options).validation) == held_out[0]
+
+
 def test_a_changed_file_is_encoded_anew(folder: Path) -> None:
     before = encode(folder)
     (folder / "000.txt").write_text("quite another text " * 30)

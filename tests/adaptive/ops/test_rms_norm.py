@@ -16,10 +16,10 @@ def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAPTIVE_BACKEND", raising=False)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (7, 5), (300, 64)])
-def test_output_and_gradients_are_those_of_float64(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (7, 5), (300, 64), (5, 3, 8)])
+def test_output_and_gradients_are_those_of_float64(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(shape), torch.rand(shape[1]) + 0.5
+    x, weight = torch.randn(shape), torch.rand(shape[-1]) + 0.5
     results = []
     for dtype in (torch.float32, torch.float64):
         x_, weight_ = (v.to(dtype, copy=True).requires_grad_() for v in (x, weight))
@@ -27,7 +27,7 @@ def test_output_and_gradients_are_those_of_float64(shape: tuple[int, int]) -> No
             assert choose("rms_norm", x_).name == "torch"
             out = rms_norm(x_, weight_, 1e-6)
         else:
-            out = F.rms_norm(x_, (shape[1],), weight_, 1e-6)
+            out = F.rms_norm(x_, (shape[-1],), weight_, 1e-6)
         (out * torch.arange(float(out.numel())).view_as(out).cos()).sum().backward()
         results.append([out, x_.grad, weight_.grad])
     for ours, exact in zip(*results, strict=True):
