@@ -35,7 +35,8 @@ def _sortable(scores, at, mask):
     x = tl.load(scores + at, mask=mask, other=0).to(tl.float32) + 0.0
     bits = x.to(tl.uint32, bitcast=True)
     top: tl.constexpr = 0x80000000
-    key = tl.where(bits >= top, ~bits, bits | top)
+    # Not ~bits: triton 3.6's interpreter has no -1 of 32 unsigned bits.
+    key = tl.where(bits >= top, bits ^ 0xFFFFFFFF, bits | top)
     key = tl.where(x != x, 0xFFFFFFFF, key).to(tl.uint32)
     return tl.where(mask, key, 0).to(tl.uint32)
 
