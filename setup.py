@@ -60,6 +60,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6",
+            "liger-kernel>=0.8",
             "transformers>=5",
             "ruff>=0.14",
             "mypy>=1.18",

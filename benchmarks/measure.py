@@ -18,7 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces every profile
+
 import torch
+from torch.autograd.profiler import profile
 
 RESULTS = Path(__file__).parent / "results"
 # A script's own folder comes first on the path, and ours has a parallel.py beside the package.
@@ -48,6 +51,21 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
 def median_ratio(seconds: dict[str, list[float]], case: str, baseline: str) -> float:
     """Median over rounds of `case / baseline`, both of the same round."""
     return statistics.median(a / b for a, b in zip(seconds[case], seconds[baseline], strict=True))
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """The most that one run holds at once beyond what was there before, every allocation counted.
+
+    That is activations and gradients; parameters and the input exist already. CPU only.
+    """
+    with profile(profile_memory=True, use_kineto=True) as profiler:
+        run()
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def machine() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import interleave, median_ratio, medians, save
+from measure import interleave, median_ratio, medians, peak_bytes, save
 from torch import Tensor, nn
 
 from adaptive import HypersphericalRouter, MixtureOfExperts, RoutingTape, TokenLayout
@@ -128,20 +128,6 @@ def mixtral_block(dim: int, ffn_dim: int, experts: int, implementation: str) -> 
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     return block
-
-
-def peak_bytes(run: Callable[[], None]) -> int:
-    """Most memory that one step holds beyond what is held before it."""
-    run()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    held = most = 0
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 def cases_of(

@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces every profile
 
 import torch
 import torch.nn.functional as F
-from measure import interleave, median_ratio, medians, save
+from measure import interleave, median_ratio, medians, peak_bytes, save
 from torch import Tensor, nn
-from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive import Pattention
@@ -53,21 +49,6 @@ def step(
         function(x_TD).backward(grad_TD)
 
     return run
-
-
-def peak_bytes(run: Callable[[], None]) -> int:
-    """The most that one run holds at once beyond what was there before, every allocation counted.
-
-    That is activations and gradients; parameters and the input exist already.
-    """
-    with profile(profile_memory=True, use_kineto=True) as profiler:
-        run()
-    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def flops(run: Callable[[], None]) -> int:

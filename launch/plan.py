@@ -162,10 +162,12 @@ def micro_batch_demand(
         )
         layer += ring_steps(shape, tokens, mesh, size=size)
         demand += layer.times(4 / 3) if config.recompute else layer
-    # The last norm and the embedding's rows; logits and their softmax, in 32 bits.
+    # The last norm and the embedding's rows; logits and their softmax, which whole rows need not
+    # keep (ops.cross_entropy) and split ones keep in 32 bits (Megatron's).
     here = tokens / mesh.context
+    of_loss = 4 * size if mesh.tensor == 1 else 8 * 4
     demand += Demand(
-        passes=20 * config.dim * here * size + 8 * config.vocab_size / mesh.tensor * here * 4,
+        passes=20 * config.dim * here * size + of_loss * config.vocab_size / mesh.tensor * here,
         operators=100,
     )
     # Embedding and output: one split product together.

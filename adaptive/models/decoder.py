@@ -236,7 +236,7 @@ class Decoder(nn.Module):
         targets_T = own_context_rows(targets_T, self.mesh, shard_sizes=layout.shard_sizes)
         logits_Tv = self._split_logits(hidden_TD, layout)
         if self.mesh.tensor_group is None:
-            return cross_entropy(logits_Tv, targets_T)
+            return cross_entropy(logits_Tv, targets_T, overwrite=True)
         return vocab_cross_entropy(logits_Tv, targets_T, self.mesh)
 
     def hidden_states(

@@ -95,25 +95,6 @@ def test_the_installed_torch_has_an_argument_for_causality() -> None:
     assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
 
 
-def test_liger_gets_logits_as_they_are_and_returns_a_loss_a_token(monkeypatch) -> None:
-    logits, targets = torch.randn(5, 7).bfloat16(), torch.tensor([0, 6, 3, 1, 1])
-
-    def liger_cross_entropy(input, target, weight=None, size_average=None, ignore_index=-100,
-                            reduce=None, reduction="mean"):  # fmt: skip
-        assert input.dtype == torch.bfloat16
-        return F.cross_entropy(input.float(), target, reduction=reduction).bfloat16()
-
-    install(
-        monkeypatch,
-        "liger_kernel.transformers.functional",
-        liger_cross_entropy=liger_cross_entropy,
-    )
-    got = cross_entropy._liger(logits, targets)
-    assert got.dtype == torch.float32
-    expected = cross_entropy.cross_entropy(logits, targets)
-    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.01)
-
-
 def test_apex_gets_the_weight_before_the_shape(monkeypatch) -> None:
     x, weight = torch.randn(3, 6), torch.randn(6)
 
