@@ -64,7 +64,7 @@ class RingLayout:
         """From what each rank knows of its own tokens. A collective over the group; synchronises
         with the host twice."""
         ranks = dist.get_world_size(group)
-        count = torch.tensor([positions_t.shape[0]], device=positions_t.device)
+        count = positions_t.new_full((1,), positions_t.shape[0], dtype=torch.int64)
         sizes = tuple(all_gather_rows(count, group, (1,) * ranks).tolist())
         both = all_gather_rows(torch.stack([positions_t, sequences_t], 1), group, sizes)
         return RingLayout.of(both[:, 0], both[:, 1], sizes, group, causal=causal)

@@ -89,7 +89,7 @@ def rows_of_rank(
         int64 [r], places among this rank's own rows, ascending; and the chosen rows of each rank.
         Synchronises with the host once.
     """
-    ends = torch.tensor(sizes, device=indices_R.device).cumsum(0)
+    ends = torch.tensor(sizes).cumsum(0).to(indices_R.device)
     counts = torch.searchsorted(indices_R, ends).tolist()
     first = counts[rank - 1] if rank else 0
     own = indices_R[first : counts[rank]] - sum(sizes[:rank])

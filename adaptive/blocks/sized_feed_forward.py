@@ -213,7 +213,9 @@ class SizedFeedForward(nn.Module):
         router_logits_TP: Tensor,
         valid: Tensor | None,
     ) -> None:
-        cost_T = gates_TP @ gates_TP.new_tensor(self.path_costs)
+        # A vector of the costs would be copied from the host, which waits.
+        priced = zip(self.path_costs, gates_TP.unbind(1), strict=True)
+        cost_T = torch.stack([cost * gates_T for cost, gates_T in priced]).sum(0)
         losses: dict[str, AuxiliaryLoss] = {}
         if self.random:
             usage = Usage.measure(cost_T, tape)

@@ -134,12 +134,12 @@ def generate_at_depth(
     drawn: list[list[int]] = [[] for _ in prompts]
     for position in range(min(max_new_tokens, model.config.max_seq_len - longest + 1)):
         lengths = [len(row) for row in rows]
-        ids_T = torch.tensor([token for row in rows for token in row], device=device)
+        ids_T = torch.tensor([token for row in rows for token in row]).to(device)
         # The prompt gives the logits of position 0; its keys are needed in every layer.
         layers = every if position == 0 else schedule.layers(position)
         layout = cache.next_positions(TokenLayout.from_lengths(lengths, device))
         hidden_TD = run_layers(model, model.embedding(ids_T), layout, layers, cache)
-        last_BD = hidden_TD[torch.tensor(lengths, device=device).cumsum(0) - 1]
+        last_BD = hidden_TD[torch.tensor(lengths).to(device).cumsum(0) - 1]
         logits_BV = model.output(model.norm(last_BD))[:, :vocab_size]
         for tokens, token in zip(drawn, sampling.draw(logits_BV, generator).tolist(), strict=True):
             tokens.append(token)

@@ -202,7 +202,7 @@ class Speculator:
             token = int(best)
             drafts.append(token)
         positions = torch.cat([layout.positions for layout in layouts])
-        cu_seqlens = torch.tensor([0, len(positions)], dtype=torch.int32, device=positions.device)
+        cu_seqlens = torch.tensor([0, len(positions)], dtype=torch.int32).to(positions.device)
         return drafts, torch.cat(states), TokenLayout(cu_seqlens, len(positions), positions)
 
 
@@ -219,7 +219,7 @@ class _Run:
 
     def draft(self, tokens: list[int]) -> tuple[Tensor, TokenLayout, Tensor]:
         """Early hidden states of new tokens, their layout, and the draft's logits of the last."""
-        ids_T = torch.tensor(tokens, device=self._device)
+        ids_T = torch.tensor(tokens).to(self._device)
         layout = self._cache.next_positions(TokenLayout.from_lengths([len(tokens)], self._device))
         early_TD = run_layers(
             self._model, self._model.embedding(ids_T), layout, self._early, self._cache

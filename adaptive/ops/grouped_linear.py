@@ -82,6 +82,8 @@ def _refuses_grouped_mm(x_NI: Tensor) -> str | None:
         return f"torch {torch.__version__} has no grouped_mm"
     if x_NI.device.type == "cpu":
         return "on a CPU the loop is faster (benchmarks/moe_layer.py)"
+    if x_NI.device.type != "cuda":
+        return f"the tensor is on {x_NI.device.type}, not on a GPU"
     capability = torch.cuda.get_device_properties(x_NI.device).major
     if x_NI.dtype != torch.bfloat16 or capability not in (9, 10):
         return "outside bfloat16 on compute capability 9 and 10 grouped_mm loops over the experts"

@@ -278,7 +278,10 @@ def _blocked(
 ) -> Tensor:
     if options.top_k is not None:
         return _reference(x_TD, key_tokens_ND, value_tokens_NO, scale, options)
-    scale = torch.as_tensor(scale, dtype=torch.float64, device=x_TD.device)
+    if not isinstance(scale, Tensor):
+        # `as_tensor` would copy from the host and wait.
+        scale = torch.full((), scale, dtype=torch.float64, device=x_TD.device)
+    scale = scale.to(x_TD.device, torch.float64)
     return _Blocked.apply(x_TD, key_tokens_ND, value_tokens_NO, scale, options)
 
 

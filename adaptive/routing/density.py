@@ -45,7 +45,8 @@ class Usage:
             cost_T: float [T], of valid tokens only; differentiable.
         """
         local = cost_T.sum()
-        counts = torch.stack([local.detach().float(), local.new_tensor(float(cost_T.shape[0]))])
+        known = local.detach().float()
+        counts = torch.stack([known, known.new_full((), cost_T.shape[0])])
         total, tokens = tape.total(counts).unbind()
         return Usage(local, cost_T.shape[0], total, tokens)
 

@@ -60,7 +60,8 @@ def choice_diversity(probabilities_TK: Tensor, tape: RoutingTape) -> Tensor:
     """
     tokens, choices = probabilities_TK.shape
     local_K = probabilities_TK.sum(0)
-    counts = torch.cat([local_K.detach(), local_K.new_tensor([float(tokens)])])
+    known_K = local_K.detach().to(torch.promote_types(local_K.dtype, torch.float32))
+    counts = torch.cat([known_K, known_K.new_full((1,), tokens)])
     total_K, total_tokens = tape.total(counts).split([choices, 1])
     number = total_tokens.squeeze().clamp(min=1)
     mean_K = total_K / number

@@ -70,7 +70,8 @@ class LanguageModel:
         ids_BS = batch["input_ids"]
         layout = None
         if self.documents:
-            layout = TokenLayout.from_lengths(self.documents * ids_BS.shape[0])
+            lengths = self.documents * ids_BS.shape[0]
+            layout = TokenLayout.from_lengths(lengths, device=ids_BS.device)
         losses_T = model.token_losses(ids_BS, batch["targets"], layout=layout)
         return scope.share_of(losses_T.sum(), losses_T.numel()) * scope.replicas
 
