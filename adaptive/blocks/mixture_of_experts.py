@@ -21,6 +21,7 @@ from adaptive.blocks.expert_records import (
 )
 from adaptive.blocks.experts import Experts
 from adaptive.blocks.mixtral_weights import load_mixtral_weights, mixtral_sizes, mixtral_weights
+from adaptive.blocks.wrapping import without_padding
 from adaptive.ops.expert_feed_forward import Activation
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.permute import permute, unpermute
@@ -61,7 +62,8 @@ class MixtureOfExperts(nn.Module):
             logits of the balance loss.
         capacity_factor: None: dropless. Positive: an expert takes at most that many times an even
             load; 0: what is needed; negative: what is needed up to that bound (see `capacity_of`).
-            What is dropped leaves as zero, so it passes by the residual, and is counted.
+            What is dropped leaves as zero, so it passes by the residual, and is counted. In
+            training only: evaluation drops nothing, or a token would depend on later ones.
         activation: "swiglu" or "gelu".
         gate: logits to scores, "softmax" over the experts or "sigmoid" of each; None: the
             router's own, else softmax.
@@ -171,7 +173,8 @@ class MixtureOfExperts(nn.Module):
             The shape and dtype of `hidden`; zeros at padding.
         """
         hidden_TD, valid_T = self._flat(hidden, token_mask)
-        logits_TE = self.router(self._jittered(hidden_TD))
+        routed_TD = without_padding(hidden_TD, valid_T)
+        logits_TE = self.router(self._jittered(routed_TD))
         scores_TE = gate_scores(logits_TE, self.gate)
         # Under sequence parallelism everybody's tokens are computed here, and chosen for together.
         shards = None if layout is None else layout.shard_sizes
@@ -191,7 +194,7 @@ class MixtureOfExperts(nn.Module):
             out_TD = out_TD + self._shared(self.shared, x_TD, everyone_T)
         out_TD = leave_tensor_region(out_TD, self.mesh, shard_sizes=shards)
         self._observe(hidden_TD, logits_TE, scores_TE, own, valid_T)
-        return out_TD.view_as(hidden)
+        return out_TD.to(hidden.dtype).view_as(hidden)
 
     def choose(self, scores_TE: Tensor, valid_T: Tensor | None) -> Assignment:
         """Which experts each token goes to. Override for a choice of your own; not differentiated.
@@ -211,7 +214,8 @@ class MixtureOfExperts(nn.Module):
             bias_E=None if self.expert_bias is None else self.expert_bias.bias,
             groups=self.groups,
             valid_T=valid_T,
-            capacity_factor=self.capacity_factor,
+            # What is dropped depends on the tokens after it: text could not be generated.
+            capacity_factor=self.capacity_factor if self.training else None,
             num_idle=self.num_idle,
         )
 

@@ -27,6 +27,7 @@ from adaptive.routing.gumbel import (
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.recompute import decide
 from adaptive.routing.routers import LinearRouter
+from adaptive.routing.scope import BatchScope
 from adaptive.routing.selection import Selection
 from adaptive.routing.tape import RoutingRecord, RoutingTape, current_tape, masked_mean
 from parallel.mesh import Mesh
@@ -228,7 +229,10 @@ class SkipLayer(nn.Module):
         if torch.is_grad_enabled() and self.skipped_gradient != "none":
             missed_RD = None
             if skipping is not None:
-                with torch.no_grad(), RoutingTape():
+                # A count of nothing: no other rank is asked, no bias or price inside is moved.
+                aside = BatchScope()
+                aside.start_census()
+                with torch.no_grad(), RoutingTape(scope=aside):
                     missed_RD = self._update(hidden_TD, layout, skipping, kwargs)
             skipped = hidden_TD.shape[0] - executing.tokens
             rows = torch.nonzero_static(~hard_T, size=skipped).squeeze(1)

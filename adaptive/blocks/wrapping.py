@@ -47,6 +47,11 @@ def flatten_tokens(
     return hidden.flatten(0, 1), layout, token_mask.flatten().bool()
 
 
+def without_padding(hidden_TD: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Zeros at padding: what lies there, a NaN too, reaches no weight's gradient."""
+    return hidden_TD if valid_T is None else hidden_TD.masked_fill(~valid_T[:, None], 0)
+
+
 def run_block(block: nn.Module, packed_RD: Tensor, layout: TokenLayout, **kwargs: Any) -> Tensor:
     """Run a block on packed tokens, whatever it was written for.
 

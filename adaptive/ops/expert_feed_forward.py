@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from adaptive.ops.backend import Implementation, choose, refuses_triton, register
 from adaptive.ops.grouped_linear import grouped_linear
 from adaptive.ops.permute import pair_weights, permute, unpermute
+from parallel.autocast import computing_dtype, without_autocast
 from parallel.matrix_product import add_product, product, rounded_rows
 
 Activation = Literal["swiglu", "gelu"]
@@ -54,9 +55,13 @@ def expert_feed_forward(
         [T, D]; zeros where a token has no taken pair. An expert without rows gets zero gradients.
     """
     check_activation(activation)
-    return choose("expert_feed_forward", x_TD).function(
-        x_TD, up_EHD, down_EDF, pairs_N, rows_per_expert_E, weights_TK, top_k, activation
-    )
+    dtype = computing_dtype(x_TD)
+    x_TD, up_EHD, down_EDF = (t.to(dtype) for t in (x_TD, up_EHD, down_EDF))
+    function = choose("expert_feed_forward", x_TD).function
+    with without_autocast(x_TD.device.type):
+        return function(
+            x_TD, up_EHD, down_EDF, pairs_N, rows_per_expert_E, weights_TK, top_k, activation
+        )
 
 
 def check_activation(activation: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from parallel.autocast import computing_dtype, without_autocast
 
 
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, rows_per_expert_E: Tensor) -> Tensor:
@@ -27,7 +28,11 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, rows_per_expert_E: Tensor) 
         [N, O]. An expert without rows gets a zero gradient. The reference reads `rows_per_expert`
         back to the host; "torch" does not.
     """
-    return choose("grouped_linear", x_NI).function(x_NI, weight_EOI, rows_per_expert_E)
+    dtype = computing_dtype(x_NI)
+    x_NI, weight_EOI = x_NI.to(dtype), weight_EOI.to(dtype)
+    function = choose("grouped_linear", x_NI).function
+    with without_autocast(x_NI.device.type):
+        return function(x_NI, weight_EOI, rows_per_expert_E)
 
 
 class _Loop(torch.autograd.Function):

@@ -7,7 +7,6 @@ width, K chosen parameter tokens, R rows of one block of tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,7 @@ from adaptive.ops.parameter_weights import (
     statistic_dtype,
 )
 from adaptive.routing.recompute import decide
+from parallel.autocast import computing_dtype, without_autocast
 from parallel.matrix_product import add_product, by_onednn, product
 
 # Scores of one block, in numbers a thread: 1 MiB of float32 stays in a core's second-level cache.
@@ -109,19 +109,15 @@ def parameter_attention(
         raise ValueError(f"top_k={top_k}: must be between 1 and the {total} parameter tokens")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be in [0, 1)")
-    device = x_TD.device.type
-    # Shapes alone, as on the meta device, know no autocast.
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast:
-        dtype = torch.get_autocast_dtype(device)
-        x_TD, key_tokens_ND = x_TD.to(dtype), key_tokens_ND.to(dtype)
-        value_tokens_NO = value_tokens_NO.to(dtype)
+    dtype = computing_dtype(x_TD)
+    x_TD, key_tokens_ND = x_TD.to(dtype), key_tokens_ND.to(dtype)
+    value_tokens_NO = value_tokens_NO.to(dtype)
     seed = decide(lambda: int(torch.randint(2**31, (), device="cpu"))) if dropout else 0
     # Without a backward there is nothing to keep scores for.
     save_memory = save_memory or not torch.is_grad_enabled()
     options = _Options(activation, top_k, dropout, seed, save_memory, group)
     function = choose("parameter_attention", x_TD).function
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with without_autocast(x_TD.device.type):
         return function(x_TD, key_tokens_ND, value_tokens_NO, scale, options)
 
 

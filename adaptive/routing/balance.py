@@ -5,6 +5,9 @@ Shape legend: T tokens, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +61,15 @@ class ExpertBias(nn.Module):
         self.rate = rate
         self.register_buffer("bias", torch.zeros(num_experts))
         self.register_buffer("load", torch.zeros(num_experts))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBias:
+        # `.bfloat16()` of a whole model must round neither: steps are smaller than the bias' ulp.
+        exact = {"bias": self.bias, "load": self.load}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            if getattr(self, name).itemsize < 4:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
     @torch.no_grad()
     def count(self, load_E: Tensor) -> None:

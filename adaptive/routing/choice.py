@@ -82,6 +82,8 @@ def expert_choice_packed(
         valid_T: bool [T], False at padding, which is never chosen.
     """
     if valid_T is None and layout.uniform:
+        if layout.max_seqlen == 0:
+            return Selection.whole(layout)
         keep = capacity_tokens(capacity, layout.max_seqlen)
         scores_BS = scores_T.view(layout.batch_size, layout.max_seqlen)
         chosen = expert_choice(scores_BS, keep)

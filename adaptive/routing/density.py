@@ -133,8 +133,10 @@ class DensityController(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DensityController:
         # `.bfloat16()` of a whole model must not round the price: steps are smaller than its ulp.
+        exact = self.price
         super()._apply(fn, recurse)
-        self.price = self.price.float()
+        if self.price.itemsize < 4:
+            self.price = exact.to(self.price.device)
         return self
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.autocast import without_autocast
 from parallel.mesh import Mesh
 from parallel.tensor import replicated
 
@@ -82,8 +83,9 @@ class HypersphericalRouter(nn.Module):
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         projection_PD = replicated(self.projection, self.mesh).to(dtype)
         vectors_EP = replicated(self.expert_vectors, self.mesh).to(dtype)
-        token_TP = F.linear(hidden_TD.to(dtype), projection_PD)
-        return F.linear(F.normalize(token_TP, dim=-1), F.normalize(vectors_EP, dim=-1))
+        with without_autocast(hidden_TD.device.type):
+            token_TP = F.linear(hidden_TD.to(dtype), projection_PD)
+            return F.linear(F.normalize(token_TP, dim=-1), F.normalize(vectors_EP, dim=-1))
 
     def balance_logits(self, logits_TE: Tensor) -> Tensor:
         """The logits at the temperature of the start, which the balance loss uses throughout.

@@ -9,9 +9,9 @@ module keep theirs apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar, Token
 from typing import Any, TypeVar
 
 import torch
@@ -20,16 +20,36 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 T = TypeVar("T")
 
 
-class _Decisions:
-    """The decisions of one checkpointed call, in the order in which they were taken."""
+class _Pass:
+    """One pass through a checkpointed call, the first or a repetition; entered once a backward."""
 
-    def __init__(self) -> None:
-        self.taken: list[Any] = []
+    def __init__(self, taken: list[Any], *, repeats: bool) -> None:
+        self.taken = taken  # the call's decisions, in the order in which they were taken
+        self.repeats = repeats
+        self.outer: _Pass | None = None
         self.next = 0
+        self._tokens: list[Token[_Pass | None]] = []
+
+    def __enter__(self) -> None:
+        self.outer, self.next = _current.get(), 0
+        self._tokens.append(_current.set(self))
+        watch(1)
+
+    def __exit__(self, *_: object) -> None:
+        watch(-1)
+        _current.reset(self._tokens.pop())
+
+    def decide(self, make: Callable[[], T]) -> T:
+        if self.repeats:
+            self.next += 1
+            return self.taken[self.next - 1]
+        # The call around this one must repeat the decision too, and may be doing so.
+        decision = _make(make) if self.outer is None else self.outer.decide(make)
+        self.taken.append(decision)
+        return decision
 
 
-_recording: ContextVar[_Decisions | None] = ContextVar("recording", default=None)
-_replaying: ContextVar[_Decisions | None] = ContextVar("replaying", default=None)
+_current: ContextVar[_Pass | None] = ContextVar("pass", default=None)
 
 # Recomputation contexts and tapes open in this process, in any thread. torch.compile cannot trace
 # a ContextVar; while none is open it need not, and it compiles again when one is.
@@ -52,20 +72,13 @@ def decide(make: Callable[[], T]) -> T:
 
     `make` must not be differentiated through: it returns indices and other detached values.
     """
-    if unwatched_compilation():
-        with torch.no_grad():
-            return make()
-    replay = _replaying.get()
-    if replay is not None:
-        decision = replay.taken[replay.next]
-        replay.next += 1
-        return decision
+    current = None if unwatched_compilation() else _current.get()
+    return _make(make) if current is None else current.decide(make)
+
+
+def _make(make: Callable[[], T]) -> T:
     with torch.no_grad():
-        decision = make()
-    record = _recording.get()
-    if record is not None:
-        record.taken.append(decision)
-    return decision
+        return make()
 
 
 def recomputing() -> bool:
@@ -73,7 +86,12 @@ def recomputing() -> bool:
 
     Holds for `adaptive.checkpoint` and for any other recomputation that runs in a backward pass.
     """
-    return _replaying.get() is not None or torch._C._current_graph_task_id() != -1
+    current = _current.get()
+    while current is not None:
+        if current.repeats:
+            return True
+        current = current.outer
+    return torch._C._current_graph_task_id() != -1
 
 
 def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -82,39 +100,18 @@ def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
     For models that call `torch.utils.checkpoint` themselves, such as those of `transformers`:
     `model.gradient_checkpointing_enable(dict(use_reentrant=False, context_fn=recompute_contexts))`.
     """
-    decisions = _Decisions()
-    return _record(decisions), _replay(decisions)
+    taken: list[Any] = []
+    return _Pass(taken, repeats=False), _Pass(taken, repeats=True)
 
 
+@torch.compiler.disable(recursive=False)
 def checkpoint(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call `function` without keeping its activations; backward recomputes them.
 
     The same as `torch.utils.checkpoint.checkpoint(use_reentrant=False)`, except that every routing
-    decision inside is taken once and replayed.
+    decision inside is taken once and replayed. Calls may be nested, and differentiated again
+    (`retain_graph`). Compilers break the graph here, and compile what is inside.
     """
     return torch_checkpoint(
         function, *args, use_reentrant=False, context_fn=recompute_contexts, **kwargs
     )
-
-
-@contextmanager
-def _record(decisions: _Decisions) -> Iterator[None]:
-    token = _recording.set(decisions)
-    watch(1)
-    try:
-        yield
-    finally:
-        watch(-1)
-        _recording.reset(token)
-
-
-@contextmanager
-def _replay(decisions: _Decisions) -> Iterator[None]:
-    decisions.next = 0
-    token = _replaying.set(decisions)
-    watch(1)
-    try:
-        yield
-    finally:
-        watch(-1)
-        _replaying.reset(token)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.routing.hyperspherical import HypersphericalRouter
+from parallel.autocast import without_autocast
 from parallel.mesh import Mesh
 from parallel.tensor import replicated
 
@@ -53,4 +54,5 @@ class LinearRouter(nn.Module):
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         weight_ED = replicated(self.weight, self.mesh).to(dtype)
         bias_E = None if self.bias is None else replicated(self.bias, self.mesh).to(dtype)
-        return F.linear(hidden_TD.to(dtype), weight_ED, bias_E)
+        with without_autocast(hidden_TD.device.type):
+            return F.linear(hidden_TD.to(dtype), weight_ED, bias_E)

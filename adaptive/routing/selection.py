@@ -103,7 +103,8 @@ class Selection:
     def mask(self, source_tokens: int) -> Tensor:
         """bool [source_tokens]: True where a token of the source was selected."""
         chosen = torch.zeros(source_tokens, dtype=torch.bool, device=self.indices.device)
-        chosen[self.indices] = True
+        # `chosen[indices] = True` would copy a number from the host, and wait.
+        chosen.index_fill_(0, self.indices, True)
         return chosen
 
     @staticmethod

@@ -135,7 +135,8 @@ class RoutingTape:
         """Add what `module` did. In a recomputed forward this does nothing."""
         if recomputing():
             return
-        record.name = self._names.get(id(module)) or f"{record.kind}.{len(self.records)}"
+        # The model itself has the empty path.
+        record.name = self._names.get(id(module), f"{record.kind}.{len(self.records)}")
         for name, loss in (losses or {}).items():
             self._losses.append(loss)
             record.losses[name] = loss.share.detach()

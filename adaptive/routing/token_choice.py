@@ -137,7 +137,7 @@ def capacity_of(
     share = -(-tokens // num_experts)
     if isinstance(share, int):
         return top_k * int(abs(capacity_factor) * share)
-    return top_k * (share * abs(capacity_factor)).long()
+    return top_k * (share.double() * abs(capacity_factor)).long()
 
 
 def experts_choose(

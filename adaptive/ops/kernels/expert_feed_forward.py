@@ -26,7 +26,8 @@ from adaptive.ops.kernel_operators import (
     grouped_rows,
     grouped_weight_gradient,
 )
-from adaptive.ops.kernels.launching import cdiv, computing_dtype, on_device, row_blocks
+from adaptive.ops.kernels.launching import cdiv, on_device, row_blocks
+from parallel.autocast import computing_dtype
 
 # mypy: disable-error-code="no-untyped-def"
 

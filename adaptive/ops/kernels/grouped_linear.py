@@ -21,7 +21,6 @@ from adaptive.ops.kernel_operators import NO_ACTIVATION, grouped_rows, grouped_w
 from adaptive.ops.kernels.grouped_tiles import autotuned, interpreted_tiles, rows_class
 from adaptive.ops.kernels.launching import (
     cdiv,
-    computing_dtype,
     contiguous_rows,
     device_function,
     dot_precision,
@@ -29,6 +28,7 @@ from adaptive.ops.kernels.launching import (
     on_device,
     tile_dot,
 )
+from parallel.autocast import computing_dtype
 
 # mypy: disable-error-code="no-untyped-def"
 

@@ -56,14 +56,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """What products of `x` are computed in: autocast's type where it is on, else that of `x`."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def contiguous_rows(x: Tensor) -> Tensor:
     """x itself if the elements of a row are adjacent, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

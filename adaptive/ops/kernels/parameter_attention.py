@@ -23,11 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from adaptive.ops.kernels.launching import (
     cdiv,
-    computing_dtype,
     device_function,
     on_device,
     row_blocks,
 )
+from parallel.autocast import computing_dtype
 
 # mypy: disable-error-code="no-untyped-def"
 

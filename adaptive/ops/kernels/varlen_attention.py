@@ -25,7 +25,6 @@ from adaptive.ops.kernel_operators import attention_backward, attention_forward
 from adaptive.ops.kernels.launching import (
     INTERPRETED,
     cdiv,
-    computing_dtype,
     device_function,
     dot_precision,
     on_device,
@@ -38,6 +37,7 @@ from adaptive.ops.kernels.varlen_visibility import (
     visible_keys,
 )
 from adaptive.routing.layout import TokenLayout
+from parallel.autocast import computing_dtype
 
 # mypy: disable-error-code="no-untyped-def"
 

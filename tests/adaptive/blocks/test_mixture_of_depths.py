@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive import LinearRouter, MixtureOfDepths, RoutingTape, Selection, TokenLayout
+from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
+from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.routing.recompute import checkpoint
 
@@ -305,3 +307,32 @@ def test_recomputation_survives_scores_that_differ_by_rounding() -> None:
 def test_wrong_options_end_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MixtureOfDepths(CausalMean(16), 16, **options)
+
+
+def test_a_nan_at_padding_reaches_no_gradient() -> None:
+    torch.manual_seed(0)
+    module = MixtureOfDepths(nn.Linear(8, 8), 8, capacity=0.5)
+    x = torch.randn(2, 8, 8)
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[1, 5:] = False
+    x[~valid] = torch.nan
+    with RoutingTape() as tape:
+        out = module(x, token_mask=valid)
+    (out[valid].square().sum() + tape.loss()).backward()
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.isfinite().all(), name
+
+
+def test_a_batch_of_padding_alone_passes_and_gives_zero_gradients() -> None:
+    config = DecoderConfig(
+        dim=16, num_layers=2, num_heads=2, vocab_size=32, mixture_of_depths=MixtureOfDepthsConfig()
+    )
+    model = Decoder(config)
+    ids, nobody = torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.bool)
+    with RoutingTape(model) as tape:
+        losses = model.token_losses(ids, ids, nobody)
+    (losses.sum() + tape.loss()).backward()
+    assert losses.numel() == 0
+    for parameter in model.parameters():
+        assert parameter.grad is None or not parameter.grad.any()

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaptive import RoutingTape, SkipLayer, TokenLayout, checkpoint
+from adaptive import MixtureOfExperts, RoutingTape, SkipLayer, TokenLayout, checkpoint
+from adaptive.blocks.sized_feed_forward import SizedFeedForward
 from adaptive.routing.gumbel import GumbelSchedule
 from tests.adaptive.blocks.skip_layers import (
     TEMPERATURE,
@@ -337,3 +338,31 @@ def test_bfloat16_hidden_states_stay_bfloat16_and_skipped_ones_unchanged() -> No
     assert torch.equal(out[~executes], hidden[~executes])
     out.float().square().sum().backward()
     assert layer.router.weight.grad.isfinite().all()
+
+
+def test_the_exact_gradients_forward_is_counted_by_nothing_inside() -> None:
+    """Two forwards, one step: an expert's bias must move by the executing tokens alone."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = MixtureOfExperts(8, 16, 4, top_k=1, bias_rate=0.001)
+            self.sized = SizedFeedForward(8, 16, controller_gain=0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.experts(x) + self.sized(x)
+
+    counted = []
+    for gradient in ("masked", "exact"):
+        torch.manual_seed(0)
+        block = Layer()
+        module = SkipLayer(block, 8, keys="executing", skipped_gradient=gradient)
+        torch.manual_seed(1)
+        with RoutingTape() as tape:
+            module(torch.randn(2, 8, 8))
+        tape.loss()
+        assert block.experts.expert_bias is not None
+        seen = block.sized.control.controller.seen
+        counted.append((block.experts.expert_bias.load.sum(), seen.clone(), len(tape.records)))
+    assert counted[0] == counted[1]
+    assert 0 < counted[0][0] < 16

@@ -127,3 +127,9 @@ def test_half_precision_does_not_round_the_price() -> None:
 def test_wrong_options_are_named(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_a_cast_of_the_model_does_not_round_the_price() -> None:
+    controller = DensityController(0.5)
+    controller.price.fill_(0.1234567)
+    assert torch.equal(controller.bfloat16().price, torch.tensor(0.1234567))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adaptive import MixtureOfExperts
+from adaptive.flops import executed_flops
 from adaptive.routing.recompute import checkpoint, decide, recomputing
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import AuxiliaryLoss, RoutingRecord, RoutingTape, current_tape
@@ -127,3 +129,11 @@ def test_without_a_census_a_total_is_the_micro_batchs_times_their_number() -> No
 def test_replicas_without_the_global_token_count_are_refused() -> None:
     with pytest.raises(ValueError, match="replicas=2: needs tokens"):
         BatchScope(replicas=2)
+
+
+def test_the_model_itself_has_the_empty_path() -> None:
+    module = MixtureOfExperts(8, 16, 4)
+    with RoutingTape(module) as tape:
+        module(torch.randn(2, 6, 8))
+    assert tape.records[0].name == ""
+    assert executed_flops(module, tape.records, 2, 6) > 0

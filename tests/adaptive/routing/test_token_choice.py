@@ -168,3 +168,10 @@ def test_expert_choice_passes_padding_over() -> None:
 def test_top_k_above_the_experts_is_one_clear_line() -> None:
     with pytest.raises(ValueError, match=r"top_k=3: must be between 1 and num_experts=2"):
         token_choice(scores(4, 2), 3)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.3, 0.7, 1.1, 1.25])
+def test_a_mask_changes_no_capacity(factor: float) -> None:
+    for count in range(1, 900, 7):
+        expected = capacity_of(factor, count, 8, 2)
+        assert int(capacity_of(factor, torch.tensor(count), 8, 2)) == expected
