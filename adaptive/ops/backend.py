@@ -37,6 +37,15 @@ OPERATION_MODULES = (
     "varlen_attention",
 )
 _TRITON_INSTALLED = find_spec("triton") is not None
+_LIBRARIES = (
+    "apex",
+    "flash_attn",
+    "flash_attn_interface",
+    "liger_kernel",
+    "torch.nn.attention.varlen",
+)
+# Asked once, here: torch 2.11's compiler refuses to trace find_spec.
+_INSTALLED = frozenset(name for name in _LIBRARIES if find_spec(name) is not None)
 
 
 def _always(_: Tensor) -> str | None:
@@ -134,12 +143,7 @@ def refuses_library(module: str, example: Tensor, *, half_only: bool = False) ->
         return f"the tensor is on {example.device.type}, not on a GPU"
     if half_only and example.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {_name(example.dtype)}"
-    return None if _installed(module) else f"{module} is not installed"
-
-
-@functools.cache
-def _installed(module: str) -> bool:
-    return find_spec(module) is not None
+    return None if module in _INSTALLED else f"{module} is not installed"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -65,6 +65,8 @@ class _Loop(torch.autograd.Function):
 
 
 def _torch_grouped(x_NI: Tensor, weight_EOI: Tensor, rows_E: Tensor) -> Tensor:
+    if any(_unaligned(width) for width in weight_EOI.shape[1:]) or _unaligned(x_NI.stride(0)):
+        return (_kernel if refuses_triton(x_NI) is None else _Loop.apply)(x_NI, weight_EOI, rows_E)
     offsets_E = rows_E.cumsum(0, dtype=torch.int32)
     out_NO = F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=offsets_E)
     return _ContiguousGradient.apply(out_NO)
@@ -92,9 +94,12 @@ def _refuses_grouped_mm(x_NI: Tensor) -> str | None:
     capability = torch.cuda.get_device_properties(x_NI.device).major
     if x_NI.dtype != torch.bfloat16 or capability not in (9, 10):
         return "outside bfloat16 on compute capability 9 and 10 grouped_mm loops over the experts"
-    if x_NI.shape[-1] * x_NI.element_size() % 16:
-        return f"grouped_mm needs rows of a multiple of 16 bytes, not {x_NI.shape[-1]} values"
     return None
+
+
+def _unaligned(bfloat16_values: int) -> bool:
+    """grouped_mm and its backward take rows of a multiple of 16 bytes."""
+    return bfloat16_values % 8 != 0
 
 
 def _kernel(x_NI: Tensor, weight_EOI: Tensor, rows_E: Tensor) -> Tensor:

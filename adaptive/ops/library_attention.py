@@ -51,11 +51,9 @@ def torch_attention(
         options["window_size"] = (-1, 0) if causal else (-1, -1)
     else:
         options["is_causal"] = causal
-    group = q_QHh.shape[1] // k_QGh.shape[1]
-    if group > 1 and "enable_gqa" in known:
+    # Before it asked for this word, it shared key-value heads without being told.
+    if q_QHh.shape[1] != k_QGh.shape[1] and "enable_gqa" in known:
         options["enable_gqa"] = True
-    elif group > 1:
-        k_QGh, v_QGh = (x.repeat_interleave(group, dim=1) for x in (k_QGh, v_QGh))
     starts, longest = layout.cu_seqlens, layout.max_seqlen
     out = varlen_attn(q_QHh, k_QGh, v_QGh, starts, starts, longest, longest, **options)
     assert isinstance(out, Tensor)  # a tuple comes only with return_aux

@@ -60,6 +60,10 @@ def _order_by_sort(units_N: Tensor, num_units: int) -> tuple[Tensor, Tensor]:
 
 
 def _highest_kernel(scores_BS: Tensor, count: int) -> Tensor:
+    # A row is one program's work, in passes that wait for each other: of few long rows a sort by
+    # the whole device is expected to be faster (not measured).
+    if scores_BS.shape[0] < 32 and scores_BS.shape[1] > 16384:
+        return _highest_by_sort(scores_BS, count)
     from adaptive.ops.kernels.routing import highest_columns as kernel
 
     return kernel(scores_BS, count)

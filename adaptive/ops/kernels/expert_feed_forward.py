@@ -27,6 +27,7 @@ from adaptive.ops.kernel_operators import (
     grouped_weight_gradient,
 )
 from adaptive.ops.kernels.launching import cdiv, on_device, row_blocks
+from adaptive.ops.kernels.permute import sum_pairs
 from parallel.autocast import computing_dtype
 
 # mypy: disable-error-code="no-untyped-def"
@@ -151,14 +152,12 @@ class _ExpertFeedForward(torch.autograd.Function):
         act_NF, hidden_NH = grouped_rows(
             x_TD, up_EHD, rows_E, pairs_N, None, top_k, True, 0, activation, False, keep
         )
-        places = x_TD.shape[0] * top_k
-        y_PD, _ = grouped_rows(
-            act_NF, down_EDF, rows_E, pairs_N, flat, 1, False, places, NO_ACTIVATION, False, False
-        )
+        shape = (x_TD.shape[0], top_k)
+        out_TD = _summed_rows(act_NF, down_EDF, rows_E, pairs_N, flat, shape, transposed=False)
         ctx.save_for_backward(x_TD, up_EHD, down_EDF, pairs_N, rows_E, flat, hidden_NH)
         ctx.top_k, ctx.activation = top_k, activation
         ctx.weights = None if weights_TK is None else (weights_TK.shape, weights_TK.dtype)
-        return _sum_choices(y_PD, x_TD.shape[0], top_k)
+        return out_TD
 
     @staticmethod
     @once_differentiable
@@ -182,21 +181,39 @@ class _ExpertFeedForward(torch.autograd.Function):
                 grad_hidden_NH, x_TD, rows_E, pairs_N, top_k, False, True
             )
         if ctx.needs_input_grad[0]:
-            places = x_TD.shape[0] * top_k
-            grad_PD, _ = grouped_rows(
-                grad_hidden_NH, up_EHD, rows_E, pairs_N, None, 1, False, places, NO_ACTIVATION,
-                True, False,
-            )  # fmt: skip
-            grad_x = _sum_choices(grad_PD, x_TD.shape[0], top_k)
+            shape = (x_TD.shape[0], top_k)
+            grad_x = _summed_rows(
+                grad_hidden_NH, up_EHD, rows_E, pairs_N, None, shape, transposed=True
+            )
         if ctx.weights is not None:
             shape, dtype = ctx.weights
             grad_weights = grad_flat.view(shape).to(dtype)
         return grad_x, grad_up, grad_down, None, None, grad_weights, None, None
 
 
-def _sum_choices(rows_PD: Tensor, tokens: int, top_k: int) -> Tensor:
-    """[T * K, D] to [T, D]; torch sums low precision in float32."""
-    return rows_PD if top_k == 1 else rows_PD.unflatten(0, (tokens, top_k)).sum(1)
+def _summed_rows(
+    rows_NI: Tensor,
+    weight: Tensor,
+    rows_E: Tensor,
+    pairs_N: Tensor,
+    scales: Tensor | None,
+    shape: tuple[int, int],
+    *,
+    transposed: bool,
+) -> Tensor:
+    """Every expert's product with its rows, scaled by pair, summed over each token's: [T, O]."""
+    tokens, top_k = shape
+    places = tokens * top_k
+    # Experts that choose have a place for every token and expert, and fill few of them.
+    scatter = places <= 2 * pairs_N.shape[0]
+    out, _ = grouped_rows(
+        rows_NI, weight, rows_E, pairs_N, scales, 1, False, places if scatter else 0,
+        NO_ACTIVATION, transposed, False,
+    )  # fmt: skip
+    if not scatter:
+        return sum_pairs(out, pairs_N, None, shape)
+    # torch sums low precision in float32.
+    return out if top_k == 1 else out.unflatten(0, shape).sum(1)
 
 
 def expert_feed_forward(

@@ -90,7 +90,7 @@ def _rows(
     o = inside_band // 8 * BLOCK_N + tl.arange(0, BLOCK_N)
     present = n < end
     pair = n
-    if GATHER or SCATTER:
+    if GATHER or SCATTER or SCALED:
         pair = tl.load(pairs + n, mask=present, other=0)
     source = pair // TOP_K if GATHER else n
     a_at = a + source.to(tl.int64)[:, None] * a_row

@@ -52,7 +52,8 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied: as exactly as torch multiplies float32 matrices."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # `allow_tf32` raises once somebody has set the newer switch; this one reads both.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

@@ -238,6 +238,9 @@ def combine_rows_(
     hidden_TD: Tensor, update_RD: Tensor, index_R: Tensor, weights_R: Tensor | None
 ) -> None:
     """Add `weights * update` to the rows of `hidden` at `index`."""
+    if contiguous_rows(hidden_TD) is not hidden_TD:
+        hidden_TD.copy_(combine_rows(hidden_TD, update_RD, index_R, weights_R))
+        return
     update_RD = contiguous_rows(update_RD)
     rows, width = update_RD.shape
     if update_RD.numel():

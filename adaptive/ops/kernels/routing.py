@@ -88,19 +88,26 @@ def _highest(
 
 @triton.jit
 def _histograms(
-    units, counts, entries, UNITS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+    units, counts, entries, blocks, UNITS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
     block = tl.program_id(0)
     n = block * BLOCK + tl.arange(0, BLOCK)
     u = tl.arange(0, WIDE)
     unit = tl.load(units + n, mask=n < entries, other=-1)
     total = tl.sum((unit[:, None] == u[None, :]).to(tl.int32), 0)
-    tl.store(counts + block * UNITS + u, total, mask=u < UNITS)
+    tl.store(counts + u * blocks + block, total, mask=u < UNITS)
 
 
 @triton.jit
 def _places(
-    units, starts, order, entries, UNITS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+    units,
+    starts,
+    order,
+    entries,
+    blocks,
+    UNITS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
     n = block * BLOCK + tl.arange(0, BLOCK)
@@ -108,7 +115,7 @@ def _places(
     unit = tl.load(units + n, mask=n < entries, other=-1)
     own = (unit[:, None] == u[None, :]).to(tl.int32)
     rank = tl.cumsum(own, 0) - 1
-    start = tl.load(starts + block * UNITS + u, mask=u < UNITS, other=0).to(tl.int32)
+    start = tl.load(starts + u * blocks + block, mask=u < UNITS, other=0).to(tl.int32)
     place = tl.sum((rank + start[None, :]) * own, 1)
     tl.store(order + place, n.to(tl.int64), mask=n < entries)
 
@@ -153,15 +160,16 @@ def order_by_unit(units_N: Tensor, num_units: int) -> tuple[Tensor, Tensor]:
     wide = max(16, next_power_of_2(num_units))
     block = max(16, min(256, 16384 // wide))
     blocks = cdiv(entries, block)
-    counts_PU = torch.empty(blocks, num_units, dtype=torch.int32, device=units_N.device)
+    counts_UP = torch.empty(num_units, blocks, dtype=torch.int32, device=units_N.device)
     shape = {"UNITS": num_units, "WIDE": wide, "BLOCK": block}
     with on_device(units_N):
-        _histograms[(blocks,)](units_N, counts_PU, entries, **shape)
-        counts_U = counts_PU.sum(0)
+        _histograms[(blocks,)](units_N, counts_UP, entries, blocks, **shape)
         # Where a block's entries of a unit begin: after smaller units, and after earlier blocks.
-        starts_PU = counts_PU.cumsum(0) - counts_PU + (counts_U.cumsum(0) - counts_U)
-        _places[(blocks,)](units_N, starts_PU, order_N, entries, **shape)
-    return order_N, counts_U
+        # One flat sum: torch scans a column of a matrix by one thread.
+        flat = counts_UP.flatten()
+        starts = flat.cumsum(0) - flat
+        _places[(blocks,)](units_N, starts, order_N, entries, blocks, **shape)
+    return order_N, counts_UP.sum(1)
 
 
 @order_by_unit.register_fake

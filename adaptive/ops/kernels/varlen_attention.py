@@ -24,7 +24,6 @@ from torch.autograd.function import once_differentiable
 from adaptive.ops.kernel_operators import attention_backward, attention_forward
 from adaptive.ops.kernels.launching import (
     INTERPRETED,
-    cdiv,
     device_function,
     dot_precision,
     on_device,
@@ -32,8 +31,10 @@ from adaptive.ops.kernels.launching import (
 )
 from adaptive.ops.kernels.varlen_visibility import (
     Visibility,
+    block_grid,
     head_columns,
     interpreted_blocks,
+    sequence_of,
     visible_keys,
 )
 from adaptive.routing.layout import TokenLayout
@@ -94,7 +95,7 @@ def _attend(
     return total, denominator, largest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _forward(
     q,
     k,
@@ -112,6 +113,7 @@ def _forward(
     v_row,
     v_head,
     queries,
+    sequences,
     heads,
     group,
     scale,
@@ -123,13 +125,13 @@ def _forward(
     PRECISION: tl.constexpr,
 ):
     # The blocks that see most keys come last in a sequence and are started first.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    sequence = tl.program_id(2)
+    sequence, block = sequence_of(q_starts, sequences, tile, BLOCK_M)
+    if sequence >= sequences:
+        return
     q_start = tl.load(q_starts + sequence)
     q_len = tl.load(q_starts + sequence + 1) - q_start
-    if block * BLOCK_M >= q_len:
-        return
     k_start = tl.load(k_starts + sequence)
     k_len = tl.load(k_starts + sequence + 1) - k_start
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -201,7 +203,8 @@ def launch(
     queries, heads, head_dim = out.shape
     q_QHh, k_TGh, v_TGh = (head_columns(x) for x in (q_QHh, k_TGh, v_TGh))
     blocks = forward_blocks(head_dim, q_QHh.dtype, max_queries, max_keys)
-    grid = (cdiv(max_queries, blocks["BLOCK_M"]), heads, q_starts.shape[0] - 1)
+    sequences = q_starts.shape[0] - 1
+    grid = (block_grid(queries, sequences, max_queries, blocks["BLOCK_M"]), heads)
     with on_device(out):
         _forward[grid](
             q_QHh,
@@ -217,6 +220,7 @@ def launch(
             *k_TGh.stride()[:2],
             *v_TGh.stride()[:2],
             queries,
+            sequences,
             heads,
             heads // k_TGh.shape[1],
             1 / math.sqrt(head_dim),

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from adaptive.ops.kernels.launching import (
     INTERPRETED,
-    cdiv,
     device_function,
     dot_precision,
     on_device,
     tile_dot,
 )
 from adaptive.ops.kernels.varlen_visibility import (
+    block_grid,
     head_columns,
     interpreted_blocks,
+    sequence_of,
     visible_keys,
     visible_queries,
 )
@@ -91,7 +92,7 @@ def _add_queries(
     return grad_k, grad_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _keys_and_values(
     q,
     k,
@@ -114,6 +115,7 @@ def _keys_and_values(
     grad_row,
     grad_head,
     queries,
+    sequences,
     kv_heads,
     group,
     scale,
@@ -124,13 +126,12 @@ def _keys_and_values(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
-    sequence = tl.program_id(2)
+    sequence, block = sequence_of(k_starts, sequences, tl.program_id(0), BLOCK_N)
+    if sequence >= sequences:
+        return
     k_start = tl.load(k_starts + sequence)
     k_len = tl.load(k_starts + sequence + 1) - k_start
-    if block * BLOCK_N >= k_len:
-        return
     q_start = tl.load(q_starts + sequence)
     q_len = tl.load(q_starts + sequence + 1) - q_start
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -216,7 +217,7 @@ def _add_keys(
     return grad_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _queries(
     q,
     k,
@@ -240,6 +241,7 @@ def _queries(
     grad_row,
     grad_head,
     queries,
+    sequences,
     heads,
     group,
     scale,
@@ -251,13 +253,13 @@ def _queries(
     PRECISION: tl.constexpr,
 ):
     # Also writes delta = <out, grad_out> - grad_lse, which the other kernel reads.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    sequence = tl.program_id(2)
+    sequence, block = sequence_of(q_starts, sequences, tile, BLOCK_M)
+    if sequence >= sequences:
+        return
     q_start = tl.load(q_starts + sequence)
     q_len = tl.load(q_starts + sequence + 1) - q_start
-    if block * BLOCK_M >= q_len:
-        return
     k_start = tl.load(k_starts + sequence)
     k_len = tl.load(k_starts + sequence + 1) - k_start
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -359,16 +361,16 @@ def launch(
     with on_device(q_QHh):
         if queries:
             blocks = query_blocks(head_dim, q_QHh.dtype, max_queries, max_keys)
-            grid = (cdiv(max_queries, blocks["BLOCK_M"]), heads, sequences)
+            grid = (block_grid(queries, sequences, max_queries, blocks["BLOCK_M"]), heads)
             _queries[grid](
                 q_QHh, k_TGh, v_TGh, out, grad_out, lse_HQ,
                 None if grad_lse is None else grad_lse.contiguous(), delta_HQ, grad_q,
-                *starts, *strides, queries, heads, group, scale, **shapes, **blocks,
+                *starts, *strides, queries, sequences, heads, group, scale, **shapes, **blocks,
             )  # fmt: skip
         if keys:
             blocks = key_blocks(head_dim, q_QHh.dtype, max_queries, max_keys)
-            grid = (cdiv(max_keys, blocks["BLOCK_N"]), kv_heads, sequences)
+            grid = (block_grid(keys, sequences, max_keys, blocks["BLOCK_N"]), kv_heads)
             _keys_and_values[grid](
                 q_QHh, k_TGh, v_TGh, grad_out, lse_HQ, delta_HQ, grad_k, grad_v,
-                *starts, *strides, queries, kv_heads, group, scale, **shapes, **blocks,
+                *starts, *strides, queries, sequences, kv_heads, group, scale, **shapes, **blocks,
             )  # fmt: skip

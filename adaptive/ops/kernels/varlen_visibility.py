@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from adaptive.ops.kernels.launching import device_function, next_power_of_2
+from adaptive.ops.kernels.launching import cdiv, device_function, next_power_of_2
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -44,6 +44,33 @@ def interpreted_blocks(max_queries: int, max_keys: int) -> dict[str, int]:
     """
     m, n = (max(16, min(next_power_of_2(length), 128)) for length in (max_queries, max_keys))
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
+
+
+def block_grid(rows: int, sequences: int, longest: int, block: int) -> int:
+    """The most row blocks there can be: no block holds rows of two sequences."""
+    return min(rows // block + sequences, sequences * cdiv(longest, block))
+
+
+@device_function
+def sequence_of(starts, sequences, tile, BLOCK: tl.constexpr):
+    """(sequence, block inside it) of a row block; sequence = `sequences` if there is none.
+
+    Only the device knows the lengths, so programs are as many as there could be blocks.
+    """
+    found = tile * 0
+    before = tile * 0
+    skipped = tile * 0
+    for first in range(0, sequences, 1024):
+        s = first + tl.arange(0, 1024)
+        inside = s < sequences
+        start = tl.load(starts + s, mask=inside, other=0)
+        length = tl.load(starts + s + 1, mask=inside, other=0) - start
+        blocks = ((length + BLOCK - 1) // BLOCK).to(tl.int32)
+        passed = (before + tl.cumsum(blocks, 0) <= tile) & inside
+        found += tl.sum(passed.to(tl.int32), 0)
+        skipped += tl.sum(tl.where(passed, blocks, 0), 0)
+        before += tl.sum(blocks, 0)
+    return found, tile - skipped
 
 
 @device_function

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +129,18 @@ torch.save(found, sys.argv[1])
     assert len(results["triton"]) == len(results["reference"]) > 20
     for mine, expected in zip(results["triton"], results["reference"], strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_no_library_is_looked_for_while_a_compiler_traces(monkeypatch) -> None:
+    """torch 2.11's refuses to trace find_spec, which a cache does not hide from it."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("looked for a module")
+
+    monkeypatch.setattr("importlib.util.find_spec", refuse)
+    monkeypatch.setattr(backend, "find_spec", refuse)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    for library in ("apex", "flash_attn", "flash_attn_interface", "liger_kernel"):
+        installed = backend.refuses_library(library, on_gpu) is None
+        assert installed == (library in backend._INSTALLED)
+    assert backend.refuses_library("torch.nn.attention.varlen", on_gpu) is None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import adaptive.ops.expert_feed_forward as module
 from adaptive.ops.expert_feed_forward import expert_feed_forward
-from adaptive.ops.grouped_linear import _torch_grouped, grouped_linear
+from adaptive.ops.grouped_linear import _Loop, _torch_grouped, grouped_linear
 from adaptive.ops.permute import permute, unpermute
 from adaptive.routing.assignment import Assignment
 
@@ -206,3 +206,28 @@ def test_gradients_are_right_to_second_order_rounding(function: Any) -> None:
 def test_unknown_activation_is_one_clear_line() -> None:
     with pytest.raises(ValueError, match=r"activation='relu': must be one of swiglu, gelu"):
         computed(inputs(), "relu", None)
+
+
+@pytest.mark.parametrize(("width", "out"), [(64, 36), (36, 64), (64, 100)])
+def test_widths_that_grouped_mm_refuses_are_looped_over(width: int, out: int) -> None:
+    torch.manual_seed(0)
+    rows = torch.tensor([3, 0, 5])
+    x = torch.randn(8, width).bfloat16().requires_grad_()
+    weight = torch.randn(3, out, width).bfloat16().requires_grad_()
+    grads = []
+    for function in (_torch_grouped, _Loop.apply):
+        y = function(x, weight, rows)
+        grads.append([y, *torch.autograd.grad(y.float().square().sum(), (x, weight))])
+    for got, expected in zip(*grads, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_autocast_computes_in_its_dtype_on_every_backend() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 12, requires_grad=True), torch.randn(3, 7, 12, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = grouped_linear(x, weight, torch.tensor([3, 0, 5]))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32

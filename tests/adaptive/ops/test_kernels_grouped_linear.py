@@ -1,8 +1,12 @@
 """The grouped linear and expert feed-forward kernels against a loop over tokens and experts."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive.ops.kernels.expert_feed_forward import expert_feed_forward
@@ -74,6 +78,8 @@ def loop_over_tokens(x, up, down, weights, expert_index, taken, activation):
         (21, 1, 4, "gelu", torch.float32, "spread"),
         (19, 2, 3, "swiglu", torch.float32, "one"),
         (19, 3, 4, "gelu", torch.float32, "dropped"),
+        (23, 5, 5, "swiglu", torch.float32, "few"),
+        (23, 5, 5, "gelu", torch.bfloat16, "few"),
         pytest.param(300, 2, 5, "swiglu", torch.bfloat16, "spread", marks=COMPILED),
         pytest.param(300, 2, 5, "swiglu", torch.float32, "dropped", marks=COMPILED),
     ],
@@ -89,6 +95,10 @@ def test_tokens_go_through_their_experts_and_back(
         expert_index = torch.full_like(expert_index, experts - 1)
     if routing == "dropped":
         taken = torch.rand(tokens, top_k, generator=generator) > 0.4
+    if routing == "few":
+        # As experts that choose: a place for every token and expert, most of them empty.
+        taken = torch.rand(tokens, top_k, generator=generator) > 0.8
+        assert 0 < taken.sum() * 2 < tokens * top_k
     pairs, rows = (x.to(DEVICE) for x in pairs_by_expert(expert_index, experts, taken))
     width, ffn = 9, 18
     hidden = 2 * ffn if activation == "swiglu" else ffn
@@ -154,3 +164,42 @@ def test_counts_and_pairs_may_be_strided() -> None:
     (gradient,) = torch.autograd.grad(out.sum(), weight)
     assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
     torch.testing.assert_close(gradient[2], x[3:].sum(0).expand(4, -1))
+
+
+def test_experts_that_choose_allocate_no_place_for_every_token_and_expert() -> None:
+    tokens, experts, width = 64, 16, 8
+    pairs = (torch.arange(experts) * experts + torch.arange(experts)).to(DEVICE)
+    rows = torch.ones(experts, dtype=torch.int64, device=DEVICE)
+    x, up, down = draw(tokens, width), draw(experts, 12, width), draw(experts, width, 6)
+    leaves = [t.requires_grad_() for t in (x, up, down)]
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    largest = max(largest, tensor.numel())
+            return result
+
+    with Watch():
+        out = expert_feed_forward(x, up, down, pairs, rows, None, experts, "swiglu")
+        torch.autograd.grad(out.sum(), leaves)
+    assert largest < tokens * experts * width
+
+
+@pytest.mark.parametrize("switch", ["legacy", "newer"])
+def test_tf32_is_read_however_it_was_set(switch: str) -> None:
+    code = f"""
+import torch
+from adaptive.ops.kernels.launching import dot_precision
+assert dot_precision(torch.float32) == "ieee"
+if {switch!r} == "legacy":
+    torch.backends.cuda.matmul.allow_tf32 = True
+else:
+    torch.backends.fp32_precision = "tf32"
+assert dot_precision(torch.float32) == "tf32"
+assert dot_precision(torch.bfloat16) == "ieee"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

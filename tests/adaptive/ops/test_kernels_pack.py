@@ -152,3 +152,14 @@ def test_pairs_not_taken_add_nothing_and_get_no_gradient() -> None:
     torch.testing.assert_close(out[0], rows[0] * weights[0, 0])
     out.sum().backward()
     assert torch.equal(weights.grad.flatten()[1:4], torch.zeros(3, device=DEVICE))
+
+
+def test_combine_in_place_takes_any_strides() -> None:
+    hidden, update = draw(8, 5).t().contiguous().t(), draw(3, 5)
+    assert hidden.stride(1) != 1
+    expected = hidden.clone()
+    index = chosen_rows(8, 3)
+    expected[index] += update
+    got = combine_(hidden, update, index)
+    assert got.data_ptr() == hidden.data_ptr()
+    torch.testing.assert_close(hidden, expected)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive.ops.kernels import varlen_attention as forward
@@ -13,6 +15,7 @@ from adaptive.ops.kernels.varlen_attention import (
     cross_attention,
     self_attention,
 )
+from adaptive.ops.kernels.varlen_visibility import block_grid, sequence_of
 from adaptive.routing.layout import TokenLayout
 from tests.adaptive.ops.kernel_checks import (
     COMPILED,
@@ -218,3 +221,32 @@ def test_torch_counts_the_operations_of_the_kernels() -> None:
         self_attention(q, k, v, layout=layout, causal=True).sum().backward()
     # Two products forward and five backward (the scores once more), each over the whole square.
     assert counter.get_total_flops() == 7 * 2 * (36 + 9) * 2 * 8
+
+
+@triton.jit
+def _find(starts, tiles, found, sequences, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    sequence, block = sequence_of(starts, sequences, tl.load(tiles + pid), BLOCK)
+    tl.store(found + 2 * pid, sequence)
+    tl.store(found + 2 * pid + 1, block)
+
+
+@pytest.mark.parametrize("sequences", [1, 5, 1024, 2500])
+def test_a_row_block_finds_its_sequence_among_any_number(sequences: int) -> None:
+    generator = torch.Generator().manual_seed(sequences)
+    lengths = torch.randint(40, (sequences,), generator=generator)
+    lengths[0] += 1
+    lengths[sequences // 2 + 1 :: 7] = 0
+    blocks = -(-lengths // 16)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(DEVICE)
+    total, rows = int(blocks.sum()), int(lengths.sum())
+    assert total <= block_grid(rows, sequences, int(lengths.max()), 16)
+    owner = torch.repeat_interleave(torch.arange(sequences), blocks)
+    first = (blocks.cumsum(0) - blocks)[owner]
+    expected = torch.stack([owner, torch.arange(total) - first], 1)
+    tiles = torch.cat([torch.randint(total, (20,), generator=generator), torch.tensor([total + 3])])
+    tiles[:2] = torch.tensor([0, total - 1])
+    found = torch.zeros(len(tiles), 2, dtype=torch.int32, device=DEVICE)
+    _find[(len(tiles),)](starts, tiles.int().to(DEVICE), found, sequences, BLOCK=16)
+    assert torch.equal(found[:-1].cpu().long(), expected[tiles[:-1]])
+    assert found[-1, 0] == sequences

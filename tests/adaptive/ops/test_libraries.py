@@ -55,7 +55,7 @@ def test_attention_libraries_get_boundaries_lengths_and_causality(
         return (out, None) if library == "flash_attn_interface" else out
 
     def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-        assert key.shape[1] == query.shape[1]
+        assert key.shape[1] < query.shape[1]  # shared in the kernel, without copies
         assert (max_q, max_k) == (5, 5)
         assert torch.equal(cu_seq_q, cu_seq_k)
         return attend(query, key, value, cu_seq_q, is_causal)
