@@ -51,7 +51,7 @@ class WeightAverage:
     def gather(self, engine: Engine) -> dict[str, Tensor]:
         """Every averaged parameter, whole, float32 on the CPU. Collective over all ranks.
 
-        Rank 0 of the data axis gets them; the other ranks an empty dictionary.
+        Rank 0 gets them; the other ranks an empty dictionary.
         """
         group = engine.mesh.data_group
         weights = {}
@@ -64,7 +64,7 @@ class WeightAverage:
                 # Every element is held by one rank: the sum is exact.
                 dist.all_reduce(flat, group=group)
             full = whole(flat.view(shape), parameter, engine.mesh)
-            if engine.mesh.data_rank == 0:
+            if dist.get_rank() == 0:
                 weights[name] = full.cpu()
         return weights
 

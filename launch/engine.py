@@ -110,7 +110,8 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        if not self._linked and self._engine.global_steps > 0:
+        # Not after the first step: fp16 skips steps that overflow, and leaves no moments then.
+        if not self._linked and self.keeps_moments:
             link_moments(self._engine)
             self._linked = True
 
@@ -139,6 +140,11 @@ class Engine:
         return None if moment is None else whole(moment, parameter, self.mesh)
 
     @property
+    def stepped(self) -> bool:
+        """Whether the last `step` took one: fp16 skips what overflows."""
+        return bool(self._engine.was_step_applied())
+
+    @property
     def keeps_moments(self) -> bool:
         """Whether the optimizer has Adam's moments: one like Adam, after its first step."""
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
@@ -164,9 +170,9 @@ class Engine:
     def full_weights(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer of the model, float32 on the CPU. Collective.
 
-        Rank 0 of the data axis gets them; the other ranks an empty dictionary.
+        Rank 0 gets them; the other ranks an empty dictionary.
         """
-        mine = self.mesh.data_rank == 0
+        mine = torch.distributed.get_rank() == 0
         weights = {}
         for name, parameter in self.named_parameters():
             full = self.full_parameter(parameter)

@@ -40,7 +40,17 @@ def declare_experts(model: nn.Module, mesh: Mesh, *, zero_stage: int) -> None:
     if not any(is_expert(parameter) for parameter in model.parameters()):
         raise BadInput(f"parallel.expert={mesh.expert}: this model has no experts to split")
     from deepspeed.moe.layer import MoE
-    from deepspeed.utils import groups
+
+    # A group of one: DeepSpeed takes no None.
+    expert_data = mesh.expert_data_group
+    if expert_data is None:
+        rank = torch.distributed.get_rank()
+        expert_data, _ = torch.distributed.new_subgroups(1)
+        assert torch.distributed.get_process_group_ranks(expert_data) == [rank]
+    if not any(is_expert(p) and p.requires_grad for p in model.parameters()):
+        # It would look for their optimizer groups, and there are none.
+        _register_groups(mesh, expert_data)
+        return
 
     class DeclaredExperts(MoE):  # type: ignore[misc]
         """What DeepSpeed looks for; holds and computes nothing."""
@@ -51,17 +61,17 @@ def declare_experts(model: nn.Module, mesh: Mesh, *, zero_stage: int) -> None:
             self.expert_group_name = group_name(mesh)
 
         def set_deepspeed_parallelism(self, *_: Any) -> None:
-            name = group_name(mesh)
-            groups._EXPERT_PARALLEL_GROUP[name] = mesh.expert_group
-            groups._EXPERT_DATA_PARALLEL_GROUP[name] = expert_data
+            _register_groups(mesh, expert_data)
 
-    # A group of one: DeepSpeed takes no None.
-    expert_data = mesh.expert_data_group
-    if expert_data is None:
-        rank = torch.distributed.get_rank()
-        expert_data, _ = torch.distributed.new_subgroups(1)
-        assert torch.distributed.get_process_group_ranks(expert_data) == [rank]
     model.add_module("declared_experts", DeclaredExperts())
+
+
+def _register_groups(mesh: Mesh, expert_data: torch.distributed.ProcessGroup) -> None:
+    from deepspeed.utils import groups
+
+    name = group_name(mesh)
+    groups._EXPERT_PARALLEL_GROUP[name] = mesh.expert_group
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = expert_data
 
 
 def expert_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

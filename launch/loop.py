@@ -292,7 +292,7 @@ class Loop:
             tokens=state.tokens + report.tokens,
             executed_flops=state.executed_flops + report.executed_flops,
             nominal_flops=state.nominal_flops + report.nominal_flops,
-            optimizer_steps=state.optimizer_steps + 1,
+            optimizer_steps=state.optimizer_steps + self.engine.stepped,
             ranks=dist.get_world_size(),
             zero_stage=self.engine.zero_stage,
         )

@@ -50,7 +50,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
         A float32 scalar, the same on every rank (float64 for float64 gradients).
     """
     kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+    device = torch.device("cpu")
     for parameter in parameters:
+        # Also of what this rank has none: its share of a sum must lie where the others' does.
+        device = parameter.device
         if parameter.grad is not None:
             kind = (is_split(parameter), is_expert(parameter))
             kinds.setdefault(kind, []).append(parameter.grad)
@@ -58,7 +61,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
     total: Tensor | None = None
     for split, expert in ((False, False), (True, False), (False, True), (True, True)):
         grads = kinds.get((split, expert), [])
-        square = _square(grads, mesh)
+        square = _square(grads, device)
         for needed, group in ((split, mesh.tensor_group), (expert, mesh.expert_group)):
             if needed and group is not None:
                 dist.all_reduce(square, group=group)
@@ -118,8 +121,8 @@ def _joined(slice_: Tensor, dim: int, group: dist.ProcessGroup, ranks: int) -> T
     return all_gather_rows(rows, group, (rows.shape[0],) * ranks).movedim(0, dim).contiguous()
 
 
-def _square(grads: list[Tensor], mesh: Mesh) -> Tensor:
+def _square(grads: list[Tensor], device: torch.device) -> Tensor:
     """Sum of squares, accumulated in float64: summation order must not show in a norm."""
     if not grads:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack([grad.double().square().sum() for grad in grads]).sum()

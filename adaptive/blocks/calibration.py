@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths
 from adaptive.routing.tape import RoutingTape
 from parallel.mesh import Mesh
+from parallel.sequence import all_gather_rows
 
 
 @torch.no_grad()
@@ -98,9 +99,10 @@ def _of_all_shards(logits_T: Tensor, mesh: Mesh) -> Tensor:
     groups = [mesh.tensor_group] if mesh.sequence_parallel else []
     for group in [*groups, mesh.context_group]:
         if group is not None:
-            parts: list[Tensor] = [logits_T] * dist.get_world_size(group)
-            dist.all_gather_object(parts, logits_T, group=group)
-            logits_T = torch.cat([part.to(logits_T.device) for part in parts])
+            ranks = dist.get_world_size(group)
+            count = logits_T.new_full((1,), logits_T.shape[0], dtype=torch.int64)
+            sizes = tuple(all_gather_rows(count, group, (1,) * ranks).tolist())
+            logits_T = all_gather_rows(logits_T, group, sizes)
     return logits_T
 
 

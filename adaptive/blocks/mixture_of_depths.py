@@ -33,6 +33,7 @@ from adaptive.routing.tape import (
     masked_mean,
 )
 from parallel.context import move_rows
+from parallel.draws import draw_own_rows
 from parallel.mesh import Mesh
 from parallel.sequence import even_shards, gather_over_shards
 from parallel.tensor import replicated
@@ -200,7 +201,14 @@ class MixtureOfDepths(nn.Module):
         if self.causal and not self.training:
             selection = threshold_choice(gather(causal_logits_T), layout, self.threshold, valid_T)
         else:
-            scores_T = torch.rand_like(logits_T) if self.choice == "random" else logits_T
+            scores_T = logits_T
+            if self.choice == "random":
+                scores_T = draw_own_rows(
+                    lambda tokens: logits_T.new_empty(tokens).uniform_(),
+                    logits_T.shape[0],
+                    self.mesh,
+                    layout.shard_sizes,
+                )
             selection = expert_choice_packed(gather(scores_T), layout, self.capacity, valid_T)
         return selection.on_shard(layout, self.mesh)
 

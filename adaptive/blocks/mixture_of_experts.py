@@ -35,6 +35,7 @@ from adaptive.routing.recompute import decide, recomputing
 from adaptive.routing.routers import LinearRouter
 from adaptive.routing.tape import RoutingTape, current_tape
 from adaptive.routing.token_choice import ExpertGroups, experts_choose, gate_scores, token_choice
+from parallel.draws import draw_own_rows
 from parallel.expert import combine, dispatch, plan_dispatch
 from parallel.mesh import Mesh
 from parallel.sequence import gather_over_shards
@@ -174,10 +175,10 @@ class MixtureOfExperts(nn.Module):
         """
         hidden_TD, valid_T = self._flat(hidden, token_mask)
         routed_TD = without_padding(hidden_TD, valid_T)
-        logits_TE = self.router(self._jittered(routed_TD))
-        scores_TE = gate_scores(logits_TE, self.gate)
         # Under sequence parallelism everybody's tokens are computed here, and chosen for together.
         shards = None if layout is None else layout.shard_sizes
+        logits_TE = self.router(self._jittered(routed_TD, shards))
+        scores_TE = gate_scores(logits_TE, self.gate)
         # Context ranks compute their own, like data ranks.
         mesh = self.mesh.without_context() if self.mesh.sequence_parallel else Mesh.single()
         within = None if shards is None else self.mesh.tensor_sizes(shards)
@@ -258,11 +259,18 @@ class MixtureOfExperts(nn.Module):
         valid_T = None if token_mask is None else token_mask.flatten().bool()
         return hidden.flatten(0, -2), valid_T
 
-    def _jittered(self, hidden_TD: Tensor) -> Tensor:
+    def _jittered(self, hidden_TD: Tensor, shard_sizes: tuple[int, ...] | None) -> Tensor:
         if not self.jitter or not self.training:
             return hidden_TD
+        low, high = 1 - self.jitter, 1 + self.jitter
+        rows, width = hidden_TD.shape
         return hidden_TD * decide(
-            lambda: torch.empty_like(hidden_TD).uniform_(1 - self.jitter, 1 + self.jitter)
+            lambda: draw_own_rows(
+                lambda tokens: hidden_TD.new_empty(tokens, width).uniform_(low, high),
+                rows,
+                self.mesh,
+                shard_sizes,
+            )
         )
 
     def _own(self, assignment: Assignment, rows: int, shards: tuple[int, ...] | None) -> Assignment:

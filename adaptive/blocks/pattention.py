@@ -231,6 +231,7 @@ class Pattention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             save_memory=self.save_memory,
             group=group,
+            shard=self.mesh.context_rank,
         )
 
     def _own_columns(self, out_TO: Tensor) -> Tensor:

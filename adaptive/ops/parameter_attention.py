@@ -52,6 +52,7 @@ class _Options:
     top_k: int | None
     dropout: float
     seed: int
+    shard: int
     save_memory: bool
     group: dist.ProcessGroup | None
 
@@ -67,6 +68,7 @@ def parameter_attention(
     dropout: float = 0.0,
     save_memory: bool = False,
     group: dist.ProcessGroup | None = None,
+    shard: int = 0,
 ) -> Tensor:
     """Weigh parameter values by how parameter keys score each token: `Θ(x Kᵀ) V`.
 
@@ -93,6 +95,8 @@ def parameter_attention(
         save_memory: see above. Has no effect on what `top_k` keeps.
         group: tensor ranks that hold the other parameter tokens. The norm then spans all of them,
             and each rank returns its part of the sum.
+        shard: number of these tokens' shard, where ranks that are seeded alike share sequences:
+            each draws a dropout of its own.
 
     Returns:
         [tokens, out] in the dtype of `x`.
@@ -115,7 +119,7 @@ def parameter_attention(
     seed = decide(lambda: int(torch.randint(2**31, (), device="cpu"))) if dropout else 0
     # Without a backward there is nothing to keep scores for.
     save_memory = save_memory or not torch.is_grad_enabled()
-    options = _Options(activation, top_k, dropout, seed, save_memory, group)
+    options = _Options(activation, top_k, dropout, seed, shard, save_memory, group)
     function = choose("parameter_attention", x_TD).function
     with without_autocast(x_TD.device.type):
         return function(x_TD, key_tokens_ND, value_tokens_NO, scale, options)
@@ -323,16 +327,28 @@ def _drop(weights_RN: Tensor, start: int, options: _Options) -> None:
 
 def _keep_mask(weights_RN: Tensor, start: int, options: _Options) -> Tensor:
     """What dropout multiplies the rows from `start` on by; the same at every call."""
-    seed = options.seed + start
-    if group_size(options.group) > 1:
-        # Other ranks hold other parameter tokens, so they drop others.
-        seed += dist.get_rank(options.group) << 32
+    # Other tensor ranks hold other parameter tokens, so they drop others.
+    rank = dist.get_rank(options.group) if group_size(options.group) > 1 else 0
     generator = torch.Generator(weights_RN.device)
     mask_RN = torch.empty_like(weights_RN)
     for at in range(0, mask_RN.shape[0], _SEEDED_ROWS):
-        generator.manual_seed(seed + at)
+        generator.manual_seed(_mixed(options.seed, options.shard, rank, start + at))
         mask_RN[at : at + _SEEDED_ROWS].bernoulli_(1 - options.dropout, generator=generator)
     return mask_RN.div_(1 - options.dropout)
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed that any change of any number changes in all bits: a CPU's generator takes 32 of them.
+
+    Source: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state >> 1
 
 
 def _block_sizes(x_TD: Tensor, width: int, options: _Options) -> tuple[int, int]:

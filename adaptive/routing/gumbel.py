@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.draws import draw_own_rows
 from parallel.mesh import Mesh
 
 
@@ -40,40 +40,27 @@ def gumbel_choice(
     With `noise=1` choice k has probability `softmax(logits)_k`; with `noise=0` it is the argmax,
     ties to the lower index. The draw uses torch's default generator: take it inside `decide`.
 
-    The ranks of a tensor group get the same draw, whatever their generators: a token that executes
-    on one of them and skips on another would hang the group or corrupt it. With noise, a
-    collective over the tensor group.
+    With noise, a collective over the tensor group (see `draw_own_rows`).
 
     Args:
-        router_logits_TK: float [T, K]; under sequence parallelism this rank's rows.
+        router_logits_TK: float [T, K]; this rank's rows.
         noise: scale of the noise, 0 or more.
         mesh: how the ranks share the model; one rank by default.
-        shard_sizes: rows of each shard under sequence parallelism.
+        shard_sizes: rows of each shard under sequence or context parallelism.
 
     Source: Gumbel-max, arXiv 1611.01144, section 2.
     """
     logits_TK = router_logits_TK.detach()
     noise_TK = torch.zeros_like(logits_TK)
     if noise > 0:
-        noise_TK = _shared_gumbel(logits_TK, mesh, shard_sizes).mul_(noise)
+        choices = logits_TK.shape[1]
+        noise_TK = draw_own_rows(
+            lambda tokens: logits_TK.new_empty(tokens, choices).exponential_().log_().neg_(),
+            logits_TK.shape[0],
+            mesh,
+            shard_sizes,
+        ).mul(noise)
     return GumbelChoice((logits_TK + noise_TK).argmax(-1), noise_TK)
-
-
-def _shared_gumbel(
-    like_TK: Tensor, mesh: Mesh | None, shard_sizes: tuple[int, ...] | None
-) -> Tensor:
-    """Gumbel(0, 1) noise for these rows, drawn once for a tensor group."""
-    if mesh is None or mesh.tensor_group is None:
-        return torch.empty_like(like_TK).exponential_().log_().neg_()
-    rows, first = like_TK.shape[0], 0
-    total = rows
-    if mesh.sequence_parallel:
-        even = (rows,) * mesh.tensor
-        sizes = even if shard_sizes is None else mesh.tensor_sizes(shard_sizes)
-        total, first = sum(sizes), sum(sizes[: mesh.tensor_rank])
-    noise_TK = like_TK.new_empty(total, like_TK.shape[1]).exponential_().log_().neg_()
-    dist.broadcast(noise_TK, group=mesh.tensor_group, group_src=0)
-    return noise_TK[first : first + rows]
 
 
 def soft_choice(router_logits_TK: Tensor, noise_TK: Tensor, *, temperature: float) -> Tensor:

@@ -25,7 +25,7 @@ class DeepSpeedTrainer:
 
         self.model, self.mesh, self.norm = model, mesh, float("nan")
         declare_experts(model, mesh, zero_stage=self.stage)
-        groups = expert_groups([{"params": list(model.parameters())}])
+        groups = expert_groups([{"params": [p for p in model.parameters() if p.requires_grad]}])
         optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -73,6 +73,7 @@ def check(name: str, stage: int, meshes: list[dict[str, int]], micro_batches: in
         ("top-2", 2, 2, 1),
         ("top-2", 4, 2, 2),
         ("one expert takes everything", 4, 4, 1),
+        ("frozen experts", 2, 2, 2),
     ],
 )
 def test_deepspeed_trains_spread_experts_as_one_rank_does(

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
+from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
+from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from parallel.parity import Report, Settings, check_on_ranks
-from tests.distributed.subjects import FAMILIES, SUBJECTS, splits_on
+from tests.distributed.subjects import FAMILIES, QUIET, SUBJECTS, TINY, splits_on
 from tests.ranks import run_ranks
 
 Degrees = dict[str, Any]
@@ -84,6 +88,58 @@ def test_every_other_mesh_of_four_ranks_agrees_with_one_rank(
 @pytest.mark.parametrize("family", ["documents", "mixture_of_depths", "skip_layer"])
 def test_ring_of_four_ranks_agrees_with_one_rank(family: str) -> None:
     test_mesh_agrees_with_one_rank(family, 4, {"context": 4, **RING}, 1)
+
+
+NOISY = {
+    "gumbel": replace(TINY, skip_layer=SkipLayerConfig(density=0.25)),
+    "random sizes": replace(TINY, sized_feed_forward=SizedFeedForwardConfig(random_steps=9)),
+    "random depths": replace(
+        TINY, mixture_of_depths=MixtureOfDepthsConfig(capacity=0.25, choice="random")
+    ),
+    "jitter": replace(TINY, mixture_of_experts=MixtureOfExpertsConfig(num_experts=4, jitter=0.3)),
+}
+
+
+def check_noise(name: str, degrees: Degrees) -> Report:
+    # 9 rows of 24 tokens do not end with the share of 2 or 4 ranks.
+    subject = replace(FAMILIES["dense"], config=NOISY[name], rows=9 if "context" in degrees else 8)
+    reports = check_on_ranks(subject, [degrees])
+    return reports[0] if reports else Report("", 0, [])
+
+
+@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize(
+    ("ranks", "degrees"),
+    [
+        (2, {"tensor": 2}),
+        (2, {"tensor": 2, "sequence_parallel": True}),
+        (2, {"context": 2}),
+        (4, {"tensor": 2, "context": 2, "sequence_parallel": True}),
+    ],
+    ids=str,
+)
+def test_ranks_that_share_sequences_draw_what_one_rank_draws(
+    name: str, ranks: int, degrees: Degrees
+) -> None:
+    """Seeded alike, each once drew the same numbers for tokens of its own."""
+    report = run_ranks(check_noise, ranks, name, degrees)[0]
+    assert report.ok, report.table()
+
+
+def check_exact_gradient(degrees: Degrees) -> Report:
+    skip = SkipLayerConfig(schedule=QUIET, density=0.25, skipped_gradient="exact")
+    experts = MixtureOfExpertsConfig(num_experts=4, bias_rate=0.02)
+    config = replace(TINY, skip_layer=skip, mixture_of_experts=experts)
+    subject = replace(FAMILIES["dense"], config=config, rows=8)
+    reports = check_on_ranks(subject, [degrees], Settings(steps=4))
+    return reports[0] if reports else Report("", 0, [])
+
+
+@pytest.mark.parametrize("degrees", [{}, {"tensor": 2, "sequence_parallel": True}], ids=str)
+def test_biases_inside_an_exact_skip_layer_move_alike(degrees: Degrees) -> None:
+    """Its second forward counted the tokens of each rank for itself."""
+    report = run_ranks(check_exact_gradient, 2, degrees)[0]
+    assert report.ok, report.table()
 
 
 def check_three_heads() -> Report:

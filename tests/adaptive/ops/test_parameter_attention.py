@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from adaptive import checkpoint
 from adaptive.ops import parameter_attention as op
-from adaptive.ops.parameter_attention import parameter_attention
+from adaptive.ops.parameter_attention import _mixed, parameter_attention
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
@@ -284,3 +284,20 @@ def test_saving_memory_never_holds_more_than_a_block_of_scores(activation, monke
 def test_bad_options_are_named(options, line):
     with pytest.raises(ValueError, match=line):
         parameter_attention(*tensors(), scale=1.0, **options)
+
+
+def test_shards_that_are_seeded_alike_drop_other_weights() -> None:
+    torch.manual_seed(0)
+    x, keys, values = torch.randn(70, 6), torch.randn(40, 6), torch.randn(40, 5)
+    out = []
+    for shard in (0, 0, 1):
+        torch.manual_seed(1)
+        out.append(parameter_attention(x, keys, values, scale=1.0, dropout=0.5, shard=shard))
+    assert torch.equal(out[0], out[1])
+    assert not torch.isclose(out[0], out[2]).all(1).any()
+
+
+def test_seeds_of_ranks_and_shards_differ_in_the_bits_that_a_cpu_takes() -> None:
+    seeds = {_mixed(7, shard, rank, 64 * at) % 2**32
+             for shard in range(8) for rank in range(8) for at in range(64)}  # fmt: skip
+    assert len(seeds) == 8 * 8 * 64

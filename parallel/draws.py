@@ -1,0 +1,40 @@
+"""Random numbers for tokens that several ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Mesh
+
+
+def draw_own_rows(
+    draw: Callable[[int], Tensor],
+    rows: int,
+    mesh: Mesh | None = None,
+    shard_sizes: tuple[int, ...] | None = None,
+) -> Tensor:
+    """This rank's rows of `draw(T)`, T being the tokens of all ranks that share the sequences.
+
+    Ranks that share sequences are seeded alike, by the rows of the batch: if each drew for its own
+    tokens, token i of every shard would get the same number. So each draws for all and takes its
+    own, which is what one rank would have drawn for them. Ranks of a tensor group get the same
+    draw, whatever their generators: a token that executes on one of them and skips on another
+    would hang the group or corrupt it. A collective over the tensor group.
+
+    Args:
+        draw: number of tokens to a tensor with that many rows, by torch's default generator.
+        rows: tokens of this rank.
+        mesh: how the ranks share the model; one rank by default.
+        shard_sizes: tokens of each shard; None: all have `rows`.
+    """
+    if mesh is None:
+        return draw(rows)
+    sizes = (rows,) * mesh.shards if shard_sizes is None else shard_sizes
+    drawn = draw(sum(sizes))
+    if mesh.tensor_group is not None:
+        dist.broadcast(drawn, group=mesh.tensor_group, group_src=0)
+    first = sum(sizes[: mesh.shard_rank])
+    return drawn[first : first + rows]
