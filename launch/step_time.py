@@ -267,7 +267,7 @@ def layer_demand(
 
 def ring_messages(ranks: int, scheme: str) -> int:
     """Messages that a rank sends in ring attention's forward and backward."""
-    return 4 * (ranks - 1) if scheme == "queries" else 3 * ranks - 2
+    return 5 * (ranks - 1) if scheme == "queries" else 3 * ranks - 2
 
 
 def ring_steps(shape: LayerShape, tokens: float, mesh: Mesh, *, size: int) -> Demand:

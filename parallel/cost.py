@@ -67,13 +67,14 @@ def ring_bytes(
 ) -> float:
     """Ring attention. "keys": keys and values, and their gradients, travel. "queries": queries,
     output gradients and two numbers a row travel on; outputs, one number a row and query
-    gradients go back."""
+    gradients go back. What is summed on the way has 32 bits at least; the rest, `size` bytes."""
     own = share * tokens / ranks
+    wide = max(size, 4)
     if scheme == "keys":
-        both = 2 * own * kv_heads * head_dim * size
-        return (ranks - 1) * 2 * both + ranks * both
-    rows, scalars = own * heads * head_dim * size, own * heads * size
-    return (ranks - 1) * (5 * rows + 3 * scalars)
+        both = 2 * own * kv_heads * head_dim
+        return both * ((ranks - 1) * 2 * size + ranks * wide)
+    rows, scalars = own * heads * head_dim, own * heads
+    return (ranks - 1) * (rows * (3 * size + 2 * wide) + 3 * scalars * wide)
 
 
 def context_bytes(

@@ -8,6 +8,8 @@ the sums of key and value gradients never move.
 Shape legend: t tokens of this rank, s those of another, H query heads, G key-value heads,
 h head width, n ranks.
 
+What travels keeps its dtype; sums, and everything that is computed, have 32 bits.
+
 Sources: Ring Attention, arXiv 2310.01889; TokenRing, arXiv 2412.20501; zigzag order as in striped
 and balanced variants (arXiv 2311.09431).
 """
@@ -72,13 +74,13 @@ class _QueriesTravel(torch.autograd.Function):
         ctx: Any, q_tHh: Tensor, k_sGh: Tensor, v_sGh: Tensor, layout: RingLayout, keys: RingLayout
     ) -> Tensor:
         ring = _Ring(layout)
-        own = _wide(q_tHh)
-        held, k, v = own, _wide(k_sGh), _wide(v_sGh)
+        own, k, v = _wide(q_tHh), _wide(k_sGh), _wide(v_sGh)
+        held = q_tHh
         out, lse = torch.zeros_like(own), own.new_full(own.shape[:2], -torch.inf)
         for step in range(ring.ranks):
             owner = (ring.rank - step) % ring.ranks
             following = ring.pass_on(held, step)
-            part = attend(held, k, v, Pair(layout, keys, owner, ring.rank))
+            part = attend(_wide(held), k, v, Pair(layout, keys, owner, ring.rank))
             if step:
                 joined = torch.cat([part[0], part[1][..., None]], -1)
                 joined = ring.return_to(owner, joined, own.shape[0], step)
@@ -97,19 +99,22 @@ class _QueriesTravel(torch.autograd.Function):
         ring = _Ring(layout)
         grad, k_wide, v_wide = _wide(grad_tHh), _wide(k), _wide(v)
         delta = (grad * out).sum(-1)
-        held = torch.cat([_wide(q), grad, lse[..., None], delta[..., None]], -1)
-        width, rows = q.shape[-1], q.shape[0]
+        # Two messages: the pairs as they are, their sums in 32 bits.
+        held = torch.cat([q, grad_tHh.to(q.dtype)], -1)
+        held_sums = torch.stack([lse, delta], -1)
+        rows = q.shape[0]
         grad_q = torch.zeros_like(out)
         grad_k, grad_v = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
         for step in range(ring.ranks):
             owner = (ring.rank - step) % ring.ranks
-            following = ring.pass_on(held, step)
-            q_part, grad_part, lse_part, delta_part = held.split([width, width, 1, 1], -1)
+            following, following_sums = ring.pass_on(held, step), ring.pass_on(held_sums, step)
+            q_part, grad_part = _wide(held).chunk(2, -1)
+            lse_part, delta_part = held_sums.unbind(-1)
             part_q, part_k, part_v = attend_backward(
                 q_part,
                 grad_part,
-                lse_part.squeeze(-1),
-                delta_part.squeeze(-1),
+                lse_part,
+                delta_part,
                 k_wide,
                 v_wide,
                 Pair(layout, keys, owner, ring.rank),
@@ -118,7 +123,7 @@ class _QueriesTravel(torch.autograd.Function):
             if step:
                 part_q = ring.return_to(owner, part_q, rows, step)
             grad_q = grad_q + part_q
-            held = following()
+            held, held_sums = following(), following_sums()
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
@@ -129,11 +134,11 @@ class _KeysTravel(torch.autograd.Function):
     ) -> Tensor:
         ring = _Ring(keys)
         q = _wide(q_tHh)
-        held = torch.cat([_wide(k_sGh), _wide(v_sGh)], -1)
+        held = torch.cat([k_sGh, v_sGh], -1)
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
         for step in range(ring.ranks):
             following = ring.pass_on(held, step)
-            k, v = held.chunk(2, -1)
+            k, v = _wide(held).chunk(2, -1)
             owner = (ring.rank - step) % ring.ranks
             part = attend(q, k, v, Pair(layout, keys, ring.rank, owner))
             out, lse = merge(out, lse, *part)
@@ -150,14 +155,14 @@ class _KeysTravel(torch.autograd.Function):
         ring = _Ring(keys)
         grad, q_wide = _wide(grad_tHh), _wide(q)
         delta = (grad * out).sum(-1)
-        held = torch.cat([_wide(k), _wide(v)], -1)
+        held = torch.cat([k, v], -1)
         # What the keys' gradients are so far travels one step behind the keys themselves.
-        sums = torch.zeros_like(held)
+        sums = torch.zeros_like(_wide(held))
         grad_q = torch.zeros_like(out)
         for step in range(ring.ranks):
             following = ring.pass_on(held, step)
             owner = (ring.rank - step) % ring.ranks
-            k_part, v_part = held.chunk(2, -1)
+            k_part, v_part = _wide(held).chunk(2, -1)
             part_q, part_k, part_v = attend_backward(
                 q_wide, grad, lse, delta, k_part, v_part, Pair(layout, keys, ring.rank, owner)
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
 from parallel import ring_blocks
+from parallel.cost import ring_bytes
 from parallel.ring import RingLayout, Scheme, cheaper_scheme, ring_attention, zigzag_rows
 from parallel.traffic import Traffic
 from tests.ranks import run_ranks
@@ -40,10 +41,15 @@ def _rows(lengths: tuple[int, ...], spread: str) -> Tensor:
 
 
 def _attend(
-    lengths: tuple[int, ...], spread: str, scheme: Scheme, causal: bool, kv_heads: int
+    lengths: tuple[int, ...],
+    spread: str,
+    scheme: Scheme,
+    causal: bool,
+    kv_heads: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, list[Tensor], dict[str, int]]:
     whole = TokenLayout.from_lengths(lengths)
-    q, k, v, grad = _whole(whole.tokens, kv_heads)
+    q, k, v, grad = (x.to(dtype) for x in _whole(whole.tokens, kv_heads))
     rows = _rows(lengths, spread)
     group = dist.group.WORLD
     assert group is not None
@@ -89,23 +95,42 @@ def test_attention_and_gradients_are_those_of_the_whole(
     assert seen.all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_bytes_of_both_schemes(ranks: int) -> None:
-    tokens, number = 32, 4
-    own = tokens // ranks
-    rows = own * HEADS * WIDTH * number
-    scalars = own * HEADS * number
+def test_bytes_of_both_schemes(ranks: int, dtype: torch.dtype) -> None:
+    tokens, number, wide = 32, dtype.itemsize, 4
+    channels = tokens // ranks * HEADS * WIDTH
+    scalars = tokens // ranks * HEADS * wide
     by_scheme = {}
     for scheme in ("queries", "keys"):
-        results = run_ranks(_attend, ranks, (tokens,), "zigzag", scheme, True, HEADS)
+        results = run_ranks(_attend, ranks, (tokens,), "zigzag", scheme, True, HEADS, dtype)
         by_scheme[scheme] = {tuple(sent.items()) for _, _, sent in results}
+        sizes = (tokens, HEADS, HEADS, WIDTH, ranks)
+        formula = ring_bytes(*sizes, scheme=scheme, size=number)
+        assert by_scheme[scheme] == {(("send", formula),)}
     # Queries on, outputs and log-sum-exp back; then queries, gradients and two numbers a row on,
-    # and query gradients back.
-    forward, backward = 2 * rows + scalars, 3 * rows + 2 * scalars
+    # and query gradients back. Sums have 32 bits.
+    forward = channels * (number + wide) + scalars
+    backward = channels * (2 * number + wide) + 2 * scalars
     assert by_scheme["queries"] == {(("send", (ranks - 1) * (forward + backward)),)}
     # Keys and values; then both again, and the gradients of both all the way home.
-    both = 2 * rows
-    assert by_scheme["keys"] == {(("send", (ranks - 1) * 2 * both + ranks * both),)}
+    both = 2 * channels * ((ranks - 1) * 2 * number + ranks * wide)
+    assert by_scheme["keys"] == {(("send", both),)}
+
+
+@pytest.mark.parametrize("scheme", ["queries", "keys"])
+def test_16_bits_travel_and_32_are_computed(scheme: Scheme) -> None:
+    q, k, v, grad = (x.bfloat16().double() for x in _whole(24, 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    expected = varlen_attention(*leaves, queries=TokenLayout.from_lengths((24,)))
+    expected.backward(grad)
+    wanted = [expected.detach(), *(x.grad for x in leaves)]
+    arguments = ((24,), "zigzag", scheme, True, 2, torch.bfloat16)
+    for rows, found, _ in run_ranks(_attend, 2, *arguments):
+        for a, b in zip(found, wanted, strict=True):
+            assert b is not None
+            # One rounding, at the end.
+            torch.testing.assert_close(a.double(), b[rows], atol=1e-5, rtol=2**-8)
 
 
 def _balance(ranks: int, spread: str) -> int:
