@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, split over the data ranks as the optimizer is."""
+"""An exponential moving average of the weights, split over the ranks as the optimizer is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.engine import Engine
-from parallel.gradients import whole
-from parallel.mesh import Mesh
-from parallel.tensor import is_split
+from parallel.gradients import is_expert, part, whole
 
 
 class _Part(NamedTuple):
@@ -24,8 +22,9 @@ class _Part(NamedTuple):
 class WeightAverage:
     """`average ← decay · average + (1 - decay) · weight`, after every optimizer step.
 
-    Each data rank averages the part of every parameter that its optimizer owns (its ZeRO shard;
-    without ZeRO an even share), in float32 and without communication. Gathering makes it whole.
+    Each rank averages the part of every parameter that its optimizer owns (its ZeRO shard;
+    without ZeRO an even share among the ranks that hold the same slice), in float32 and without
+    communication. Gathering makes it whole.
     Buffers are not averaged.
 
     Args:
@@ -53,13 +52,13 @@ class WeightAverage:
 
         Rank 0 gets them; the other ranks an empty dictionary.
         """
-        group = engine.mesh.data_group
         weights = {}
         for name, parameter in engine.named_parameters():
             shape = _whole_shape(parameter)
             flat = torch.zeros(shape.numel(), device=engine.device)
             start, shard = _own_part(parameter, engine).start, self._shards[name]
             flat[start : start + shard.numel()] = shard
+            group = _copies(parameter, engine)
             if group is not None:
                 # Every element is held by one rank: the sum is exact.
                 dist.all_reduce(flat, group=group)
@@ -73,16 +72,14 @@ class WeightAverage:
         """Take back what `gather` gave, at any number of ranks and ZeRO stage."""
         for name, parameter in engine.named_parameters():
             start, shard = _own_part(parameter, engine).start, self._shards[name]
-            own = _tensor_slice(weights[name], parameter, engine.mesh).flatten()
+            own = part(weights[name], parameter, engine.mesh).flatten()
             shard.copy_(own[start : start + shard.numel()])
 
 
-def _tensor_slice(weight: Tensor, parameter: nn.Parameter, mesh: Mesh) -> Tensor:
-    """This tensor rank's part of a whole weight."""
-    if not is_split(parameter) or mesh.tensor == 1:
-        return weight
-    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    return weight.chunk(mesh.tensor, dim)[mesh.tensor_rank]
+def _copies(parameter: nn.Parameter, engine: Engine) -> dist.ProcessGroup | None:
+    """The ranks that hold the same slice of a parameter, and share its average."""
+    mesh = engine.mesh
+    return mesh.expert_data_group if is_expert(parameter) else mesh.batch_group
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:
@@ -92,22 +89,23 @@ def _whole_shape(parameter: nn.Parameter) -> torch.Size:
 def _own_part(parameter: nn.Parameter, engine: Engine) -> _Part:
     """What this rank's optimizer owns of a parameter."""
     size = _whole_shape(parameter).numel()
-    mesh = engine.mesh
+    group = _copies(parameter, engine)
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     if hasattr(parameter, "ds_id"):
         # ZeRO 3: equal parts of the flattened tensor, the last one padded.
         from deepspeed.utils import safe_get_local_fp32_param
 
-        part = safe_get_local_fp32_param(parameter)
-        if part is None:  # not trained
-            part = parameter.ds_tensor.float()  # type: ignore[attr-defined]
-        start = min(mesh.data_rank * part.numel(), size)
-        return _Part(start, part.detach().flatten()[: size - start])
+        shard = safe_get_local_fp32_param(parameter)
+        if shard is None:  # not trained
+            shard = parameter.ds_tensor.float()  # type: ignore[attr-defined]
+        start = min(rank * shard.numel(), size)
+        return _Part(start, shard.detach().flatten()[: size - start])
     if hasattr(parameter, "_hp_mapping") and parameter.requires_grad:
         # ZeRO 1 and 2: a parameter may lie across the border of two ranks, or with another.
         mapping = parameter._hp_mapping
         if mapping is None:
             return _Part(0, torch.empty(0, device=parameter.device))
         return _Part(mapping.lp_fragment_address.start, mapping.get_hp_fragment().detach())
-    share = -(-size // mesh.data)
-    start = min(mesh.data_rank * share, size)
+    share = -(-size // ranks)
+    start = min(rank * share, size)
     return _Part(start, parameter.detach().flatten()[start : start + share].float())
