@@ -182,6 +182,14 @@ def _check_optimizer(
                     f"optimizer: does not hold {name}.{part} itself (a sharded optimizer?); "
                     "grow its checkpoint with launch/grow.py"
                 )
+            for key, value in optimizer.state.get(parameter, {}).items():
+                whole = isinstance(value, Tensor) and value.numel() > 1
+                if whole and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"optimizer: {type(optimizer).__name__} keeps {key} {list(value.shape)} "
+                        f"for {name}.{part} {list(parameter.shape)}: must keep a number an "
+                        "element, as Adam and SGD do"
+                    )
 
 
 def _replace(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -169,6 +169,8 @@ class Speculator:
         if not 1 <= len(prompt) <= limit:
             raise ValueError(f"prompt of {len(prompt)} tokens: must be 1 to max_seq_len={limit}")
         steps = min(max_new_tokens, limit - len(prompt) + 1)
+        if steps < 1:
+            return
         run = _Run(self.model, self.adapter, vocab_size)
         early_TD, layout, _ = run.draft(list(prompt))
         made = Drafting([run.verify(early_TD, layout)[-1]])

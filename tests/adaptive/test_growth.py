@@ -168,3 +168,13 @@ def test_models_and_optimizers_that_cannot_grow_are_named():
     with pytest.raises(ValueError, match=r"does not hold .*key_tokens itself \(a sharded"):
         grow(model, ffn_tokens=8, optimizer=other)
     assert model.num_tokens == 4
+
+
+def test_an_optimizer_whose_state_cannot_grow_is_refused_before_anything_changes() -> None:
+    layer = Pattention(6, 5, 8)
+    optimizer = torch.optim.Adafactor(layer.parameters())
+    layer(torch.randn(3, 6)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"Adafactor keeps row_var \[8, 1\]"):
+        grow(layer, tokens=12, optimizer=optimizer)
+    assert layer.num_tokens == 8

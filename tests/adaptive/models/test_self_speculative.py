@@ -183,3 +183,10 @@ def test_skip_decode_is_the_prefix_with_each_token_at_its_depth() -> None:
 def test_wrong_schedules_are_named(numbers: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SkipDecode(*numbers)
+
+
+def test_no_tokens_asked_for_are_none() -> None:
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(dim=16, num_layers=2, num_heads=2, vocab_size=32)).eval()
+    speculator = Speculator(model, ExitAdapter.of(model, 1))
+    assert list(speculator.generate([1, 2], max_new_tokens=0)) == []
