@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-
 # Devices of shapes alone, as "meta", know none. Asked here: torch 2.11's compiler cannot.
 _KNOWING = frozenset(
     name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)

@@ -32,10 +32,15 @@ from adaptive.routing.collapse import collapse_statistics
 from adaptive.routing.hyperspherical import Gate
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.recompute import decide, recomputing
-from adaptive.routing.routers import LinearRouter
+from adaptive.routing.routers import LinearRouter, jittered
 from adaptive.routing.tape import RoutingTape, current_tape
-from adaptive.routing.token_choice import ExpertGroups, experts_choose, gate_scores, token_choice
-from parallel.draws import draw_own_rows
+from adaptive.routing.token_choice import (
+    ExpertGroups,
+    check_expert_choice,
+    experts_choose,
+    gate_scores,
+    token_choice,
+)
 from parallel.expert import combine, dispatch, plan_dispatch
 from parallel.mesh import Mesh
 from parallel.sequence import gather_over_shards
@@ -131,7 +136,7 @@ class MixtureOfExperts(nn.Module):
         if choice not in get_args(ExpertsChoice):
             raise ValueError(f"choice={choice!r}: must be token or expert")
         if choice == "expert":
-            _check_expert_choice(capacity_factor, groups, bias_rate)
+            check_expert_choice(capacity_factor, groups, bias_rate)
         if groups is not None:
             groups.check(units, top_k)
         self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
@@ -177,7 +182,9 @@ class MixtureOfExperts(nn.Module):
         routed_TD = without_padding(hidden_TD, valid_T)
         # Under sequence parallelism everybody's tokens are computed here, and chosen for together.
         shards = None if layout is None else layout.shard_sizes
-        logits_TE = self.router(self._jittered(routed_TD, shards))
+        if self.jitter and self.training:
+            routed_TD = jittered(routed_TD, self.jitter, self.mesh, shards)
+        logits_TE = self.router(routed_TD)
         scores_TE = gate_scores(logits_TE, self.gate)
         # Context ranks compute their own, like data ranks.
         mesh = self.mesh.without_context() if self.mesh.sequence_parallel else Mesh.single()
@@ -258,20 +265,6 @@ class MixtureOfExperts(nn.Module):
             )
         valid_T = None if token_mask is None else token_mask.flatten().bool()
         return hidden.flatten(0, -2), valid_T
-
-    def _jittered(self, hidden_TD: Tensor, shard_sizes: tuple[int, ...] | None) -> Tensor:
-        if not self.jitter or not self.training:
-            return hidden_TD
-        low, high = 1 - self.jitter, 1 + self.jitter
-        rows, width = hidden_TD.shape
-        return hidden_TD * decide(
-            lambda: draw_own_rows(
-                lambda tokens: hidden_TD.new_empty(tokens, width).uniform_(low, high),
-                rows,
-                self.mesh,
-                shard_sizes,
-            )
-        )
 
     def _own(self, assignment: Assignment, rows: int, shards: tuple[int, ...] | None) -> Assignment:
         """The part of a choice for all tokens that concerns this rank's."""
@@ -400,12 +393,3 @@ class MixtureOfExperts(nn.Module):
                 "a Mixtral layer renormalises the softmax of its scores; this does not"
             )
         return mixtral_weights(self)
-
-
-def _check_expert_choice(
-    capacity_factor: float | None, groups: ExpertGroups | None, bias_rate: float
-) -> None:
-    if capacity_factor is None or capacity_factor <= 0:
-        raise ValueError(f"capacity_factor={capacity_factor}: choice=expert needs a positive one")
-    if groups is not None or bias_rate:
-        raise ValueError("choice=expert: its load is even, so groups and bias_rate do not apply")

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,15 +38,14 @@ OPERATION_MODULES = (
     "varlen_attention",
 )
 _TRITON_INSTALLED = find_spec("triton") is not None
-_LIBRARIES = (
-    "apex",
-    "flash_attn",
-    "flash_attn_interface",
-    "liger_kernel",
-    "torch.nn.attention.varlen",
+_LIBRARIES = ("apex", "flash_attn", "flash_attn_interface", "liger_kernel")
+# Asked once, here: torch 2.11's compiler refuses to trace find_spec. Of a module inside torch it
+# would import the packages above, and triton with them.
+_VARLEN = Path(torch.__file__).parent / "nn" / "attention" / "varlen.py"
+_INSTALLED = frozenset(
+    [name for name in _LIBRARIES if find_spec(name) is not None]
+    + ["torch.nn.attention.varlen"] * _VARLEN.is_file()
 )
-# Asked once, here: torch 2.11's compiler refuses to trace find_spec.
-_INSTALLED = frozenset(name for name in _LIBRARIES if find_spec(name) is not None)
 
 
 def _always(_: Tensor) -> str | None:

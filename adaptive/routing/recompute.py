@@ -104,7 +104,7 @@ def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextM
     return _Pass(taken, repeats=False), _Pass(taken, repeats=True)
 
 
-@torch.compiler.disable(recursive=False)
+@torch._disable_dynamo(recursive=False)  # torch.compiler.disable would import the compiler here
 def checkpoint(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call `function` without keeping its activations; backward recomputes them.
 

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.routing.hyperspherical import HypersphericalRouter
+from adaptive.routing.recompute import decide
 from parallel.autocast import without_autocast
+from parallel.draws import draw_own_rows
 from parallel.mesh import Mesh
 from parallel.tensor import replicated
 
-__all__ = ["HypersphericalRouter", "LinearRouter"]
+__all__ = ["HypersphericalRouter", "LinearRouter", "jittered"]
 
 
 class LinearRouter(nn.Module):
@@ -56,3 +58,18 @@ class LinearRouter(nn.Module):
         bias_E = None if self.bias is None else replicated(self.bias, self.mesh).to(dtype)
         with without_autocast(hidden_TD.device.type):
             return F.linear(hidden_TD.to(dtype), weight_ED, bias_E)
+
+
+def jittered(
+    hidden_TD: Tensor, jitter: float, mesh: Mesh, shard_sizes: tuple[int, ...] | None
+) -> Tensor:
+    """Hidden states times uniform noise in [1 - jitter, 1 + jitter], a number an element.
+
+    Source: Switch Transformer, arXiv 2101.03961, section 2.4.
+    """
+    rows, width = hidden_TD.shape
+
+    def draw(tokens: int) -> Tensor:
+        return hidden_TD.new_empty(tokens, width).uniform_(1 - jitter, 1 + jitter)
+
+    return hidden_TD * decide(lambda: draw_own_rows(draw, rows, mesh, shard_sizes))

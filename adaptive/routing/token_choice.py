@@ -140,6 +140,16 @@ def capacity_of(
     return top_k * (share.double() * abs(capacity_factor)).long()
 
 
+def check_expert_choice(
+    capacity_factor: float | None, groups: ExpertGroups | None, bias_rate: float
+) -> None:
+    """Raise ValueError unless a block's options go with `experts_choose`."""
+    if capacity_factor is None or capacity_factor <= 0:
+        raise ValueError(f"capacity_factor={capacity_factor}: choice=expert needs a positive one")
+    if groups is not None or bias_rate:
+        raise ValueError("choice=expert: its load is even, so groups and bias_rate do not apply")
+
+
 def experts_choose(
     scores_TE: Tensor, capacity_factor: float, *, top_k: int = 1, valid_T: Tensor | None = None
 ) -> Assignment:
