@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def parse(
     if options.help:
         print(parser.format_help() + "\n" + describe(options.config, options.overrides))
         raise SystemExit(0)
+    refuse_empty_values(options.overrides)
     words = [] if options.config is None else ["--config", options.config]
     words += options.overrides
     config = load_config(options.config, options.overrides)
@@ -65,6 +67,18 @@ def parse(
         config = dataclasses.replace(config, deepspeed=_merged(config.deepspeed, laid))
         words += ["--deepspeed_config", options.deepspeed_config]
     return Parsed(config, options, words)
+
+
+def refuse_empty_values(overrides: Iterable[str]) -> None:
+    """Refuse `section.key=`, which YAML reads as null: an unset shell variable leaves it.
+
+    Raises:
+        BadInput: names the first.
+    """
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key and equals and not value.strip():
+            raise BadInput(f"{key}=: has no value; for null write {key}=null")
 
 
 def describe(path: str | None, overrides: list[str]) -> str:

@@ -78,6 +78,9 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         ("model.num_heads=5", "model.num_heads=5: must divide dim=32"),
         ("model.num_kv_heads=3", "model.num_kv_heads=3: must divide num_heads=4"),
         ("data.path=/nowhere/*.txt", "data.path=/nowhere/*.txt: no such file"),
+        ("data.path=", "data.path=: has no value; for null write data.path=null"),
+        ("data.path=''", "data.path='': must name a file or folder, or be null"),
+        ("output=", "output=: has no value"),
         ("data.seq_len=64", "data.seq_len=64: must be at most model.max_seq_len=32"),
         ("model.vocab_size=100", "model.vocab_size=100: must be at least 256, that of data."),
         ("data.tokenizer=/nowhere", "data.tokenizer=/nowhere: must be bytes or a tokenizer.json"),
@@ -147,6 +150,15 @@ def test_a_damaged_jsonl_line_is_named(folder: Path, refused: Refused) -> None:
     path.write_text('{"text": "fine"}\n{"words": "no"}\n')
     line = refused(f"data.path={path}")
     assert line == f"error: {path}:2: must be a JSON object with a string `text`"
+
+
+def test_half_a_character_in_a_jsonl_is_named_by_its_line(folder: Path, refused: Refused) -> None:
+    path = folder / "halves.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "a \\ud83d\\ude00"}\n{"text": "no \\ud800 x"}\n')
+    line = refused(f"data.path={path}")
+    assert line == (
+        f"error: {path}:3: `text` holds \\ud800, half of a surrogate pair: must be Unicode"
+    )
 
 
 def test_files_that_are_not_there_or_not_yaml_or_json(folder: Path, refused: Refused) -> None:
