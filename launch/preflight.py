@@ -9,6 +9,7 @@ from torch import nn
 
 from launch.checkpoints import check_same_model, find_checkpoint, read_state
 from launch.config import RunConfig
+from launch.deepspeed_section import check_deepspeed
 from launch.engine import engine_settings
 from launch.errors import BadInput
 from launch.tasks import task_class
@@ -33,6 +34,7 @@ def check_run(config: RunConfig, *, ranks: int) -> None:
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise BadInput(f"output={config.output}: is a file, must be a folder")
+    check_deepspeed(config.deepspeed)
     for phase in phases:
         stage = phase.deepspeed.get("zero_optimization", {}).get("stage", 0)
         check_zero(stage, tensor=axes.tensor, expert=axes.expert)

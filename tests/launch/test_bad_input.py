@@ -116,6 +116,48 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
             "deepspeed.train_batch_size=99: contradicts 8, which follows from train.batch_size",
         ),
         ("deepspeed.bf16.enabled=true", "deepspeed.zero_optimization.stage=0: must be 1, 2 or 3"),
+        ("deepspeed.bf16=true", "deepspeed.bf16=True: must be a mapping of keys"),
+        ("deepspeed.fp16=null", "deepspeed.fp16=null: must be a mapping of keys"),
+        ("deepspeed.zero_optimization=3", "deepspeed.zero_optimization=3: must be a mapping of"),
+        ("deepspeed.zero_optimization.stage=7", "deepspeed.zero_optimization.stage=7: must be 0"),
+        (
+            "deepspeed.zero_optimizaton.stage=1",
+            "deepspeed.zero_optimizaton: unknown key; did you mean zero_optimization?",
+        ),
+        # What is a key of a section only is none of the section's own.
+        ("deepspeed.stage=1", "deepspeed.stage: unknown key"),
+        (
+            "deepspeed.zero_optimization.satge=1",
+            "deepspeed.zero_optimization.satge: unknown key; did you mean stage?",
+        ),
+        (
+            "deepspeed.zero_optimization.offload_param={devcie: cpu}",
+            "deepspeed.zero_optimization.offload_param.devcie: unknown key; did you mean device?",
+        ),
+        (
+            "deepspeed.zero_optimization.reduce_bucket_size=big",
+            "deepspeed.zero_optimization.reduce_bucket_size='big': Input should be a valid",
+        ),
+        (
+            "deepspeed.wandb={enbled: true}",
+            "deepspeed.wandb.enbled: unknown key; did you mean enabled?",
+        ),
+        ("deepspeed.aio=3", "deepspeed.aio=3: must be a mapping of keys"),
+        ("deepspeed.amp.enabled=true", "deepspeed.amp: DeepSpeed refuses it: NVIDIA Apex AMP"),
+        (
+            "deepspeed={fp16: {enabled: true}, bf16: {enabled: true}}",
+            "deepspeed: DeepSpeed refuses it: bfloat16 and fp16 modes cannot be simultaneously",
+        ),
+        (
+            "deepspeed.optimizer={type: Adma}",
+            "deepspeed.optimizer.type='Adma': must be one of DeepSpeed's or torch.optim's",
+        ),
+        ("deepspeed.optimizer.type=[Adam]", "deepspeed.optimizer.type=['Adam']: must be one of"),
+        (
+            "deepspeed.optimizer={type: Adam, parms: {}}",
+            "deepspeed.optimizer.parms: unknown key; did you mean params?",
+        ),
+        ("deepspeed.optimizer={type: Adam, params: 3}", "deepspeed.optimizer.params=3: must be a"),
         ("deepspeed.scheduler={type: WarmupLR}", "deepspeed.scheduler: must be left out"),
         ("phases=[{name: a, train: {stepss: 3}}]", "phase a: train.stepss: unknown key; did you"),
     ],
