@@ -8,13 +8,13 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.config import SECTIONS, RunConfig, load_config
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.options import refuse_empty_values
 from launch.tasks import task_class
 from launch.validation import dataclass_in
 
@@ -67,18 +67,6 @@ def parse(
         config = dataclasses.replace(config, deepspeed=_merged(config.deepspeed, laid))
         words += ["--deepspeed_config", options.deepspeed_config]
     return Parsed(config, options, words)
-
-
-def refuse_empty_values(overrides: Iterable[str]) -> None:
-    """Refuse `section.key=`, which YAML reads as null: an unset shell variable leaves it.
-
-    Raises:
-        BadInput: names the first.
-    """
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if key and equals and not value.strip():
-            raise BadInput(f"{key}=: has no value; for null write {key}=null")
 
 
 def describe(path: str | None, overrides: list[str]) -> str:

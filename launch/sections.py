@@ -15,7 +15,7 @@ _FORBID = {"extra": "forbid"}
 
 
 # What counts and seeds are kept in: int64, by numpy and torch.
-_LARGEST_WHOLE = 2**63 - 1
+LARGEST_WHOLE = 2**63 - 1
 # Optimizers compute in float32, into which torch refuses to convert a larger number.
 _LARGEST = 1e38
 
@@ -79,9 +79,9 @@ class TrainConfig:
     growth: list[GrowthConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _within(self, 1, _LARGEST_WHOLE, "steps", "batch_size", "micro_batch_size", "log_every")
-        _within(self, 0, _LARGEST_WHOLE, "warmup_steps", "evaluate_every", "move_within", "seed")
-        _within(self, 0, _LARGEST_WHOLE, "calibrate_rows")
+        _within(self, 1, LARGEST_WHOLE, "steps", "batch_size", "micro_batch_size", "log_every")
+        _within(self, 0, LARGEST_WHOLE, "warmup_steps", "evaluate_every", "move_within", "seed")
+        _within(self, 0, LARGEST_WHOLE, "calibrate_rows")
         # Adam divides the rate by 1 - beta1 at first, and multiplies it by the decay.
         _within(self, 0, 1e6, "learning_rate", "weight_decay")
         _within(self, 0, _LARGEST, "gradient_clip", "eps")
@@ -116,7 +116,7 @@ class ParallelConfig:
     context_attention: Literal["ulysses", "ring"] = "ulysses"
 
     def __post_init__(self) -> None:
-        _within(self, 1, _LARGEST_WHOLE, "tensor", "context", "expert")
+        _within(self, 1, LARGEST_WHOLE, "tensor", "context", "expert")
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class MonitorConfig:
     on_alarm: Literal["warn", "stop"] = "warn"
 
     def __post_init__(self) -> None:
-        _within(self, 1, _LARGEST_WHOLE, "every")
-        _within(self, 0, _LARGEST_WHOLE, "images_every")
+        _within(self, 1, LARGEST_WHOLE, "every")
+        _within(self, 0, LARGEST_WHOLE, "images_every")
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ class CheckpointConfig:
     resume: str = "auto"
 
     def __post_init__(self) -> None:
-        _within(self, 0, _LARGEST_WHOLE, "every")
-        _within(self, 1, _LARGEST_WHOLE, "keep")
+        _within(self, 0, LARGEST_WHOLE, "every")
+        _within(self, 1, LARGEST_WHOLE, "keep")
         if not self.resume.strip():
             raise ValueError(f"resume={self.resume!r}: must be auto, never or a path")
 

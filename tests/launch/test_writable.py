@@ -15,6 +15,7 @@ def test_checks_leave_nothing_behind(tmp_path: Path) -> None:
     check_folder("output", tmp_path / "not" / "yet")
     check_folder("output", tmp_path)
     check_file("--json", tmp_path / "new.json")
+    check_file("--json", tmp_path / "new" / "new.json", makes_folder=True)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "old.json").write_text("kept")
     check_file("--json", tmp_path / "old.json")
