@@ -14,6 +14,7 @@ from typing import Any
 
 from launch.config import SECTIONS, RunConfig, load_config
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.options import refuse_empty_values
 from launch.tasks import task_class
 from launch.validation import dataclass_in
 
@@ -57,6 +58,7 @@ def parse(
     if options.help:
         print(parser.format_help() + "\n" + describe(options.config, options.overrides))
         raise SystemExit(0)
+    refuse_empty_values(options.overrides)
     words = [] if options.config is None else ["--config", options.config]
     words += options.overrides
     config = load_config(options.config, options.overrides)

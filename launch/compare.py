@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import statistics
@@ -29,10 +30,12 @@ from adaptive.metric_log import read_metrics
 from launch.checkpoints import find_checkpoint, load_model, read_state
 from launch.config import RunConfig, load_config
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.options import check_counts, refuse_empty_values
 from launch.preflight import check_run, meta_model
 from launch.tasks import Task, task_class
 from launch.train import __file__ as TRAIN
 from launch.validation import validated
+from launch.writable import check_folder
 from parallel.mesh import Mesh
 
 
@@ -66,6 +69,24 @@ class Comparison:
     output: str = "runs/comparison"
     results: str = "runs/comparison/results"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.operations < math.inf:
+            raise ValueError(f"operations={self.operations}: must be a number above 0")
+        if self.points < 1:
+            raise ValueError(f"points={self.points}: must be at least 1")
+        if not self.arms:
+            raise ValueError("arms={}: must name at least one arm")
+        if not self.seeds:
+            raise ValueError("seeds=[]: must hold at least one seed")
+        # Runs have a folder by arm and seed: two of one name would write into each other's.
+        for seed in self.seeds:
+            if self.seeds.count(seed) > 1:
+                raise ValueError(f"seeds={self.seeds}: must hold {seed} once")
+        folders = [_folder_name(arm) for arm in self.arms]
+        for arm, name in zip(self.arms, folders, strict=True):
+            if folders.count(name) > 1:
+                raise ValueError(f"arms: {arm!r}: {name} must be the folder of one arm only")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -93,9 +114,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="keys of the comparison, as key=value")
     with exit_on_bad_input():
         options = parser.parse_intermixed_args(arguments)
+        check_counts(options, "jobs", "threads")
         comparison = load_comparison(Path(options.comparison), options.overrides)
         runs = plan_runs(comparison, Path(options.comparison).parent)
-    with ThreadPoolExecutor(max(options.jobs, 1)) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         outcomes = list(pool.map(lambda run: finish(run, threads=options.threads), runs))
     failed = [run for run, outcome in zip(runs, outcomes, strict=True) if outcome is None]
     if failed:
@@ -112,14 +134,30 @@ def load_comparison(path: Path, overrides: list[str]) -> Comparison:
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
-    tree: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not valid YAML: {error}") from None
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: must be a mapping of keys")
+    refuse_empty_values(overrides)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise BadInput(f"{override!r}: must be key=value")
-        tree[key] = yaml.safe_load(value)
+        try:
+            tree[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadInput(f"{override}: not valid YAML: {error}") from None
     comparison: Comparison = validated(Comparison, tree, path.stem)
+    check_folder("results", Path(comparison.results).parent)
     return comparison
+
+
+def _folder_name(arm: str) -> str:
+    return arm.replace(" ", "_")
 
 
 def plan_runs(comparison: Comparison, folder: Path) -> list[Run]:
@@ -129,8 +167,9 @@ def plan_runs(comparison: Comparison, folder: Path) -> list[Run]:
     # Seed by seed: an interrupted comparison has the same seeds of every arm.
     for seed in comparison.seeds:
         for arm, overrides in comparison.arms.items():
-            output = Path(comparison.output) / f"{arm.replace(' ', '_')}-{seed}"
+            output = Path(comparison.output) / f"{_folder_name(arm)}-{seed}"
             words = [*comparison.common, *overrides, f"train.seed={seed}", f"output={output}"]
+            refuse_empty_values(words)
             steps = steps_within(load_config(recipe, words), comparison.operations)
             every = max(steps // comparison.points, 1)
             words += [f"train.steps={steps}", f"train.evaluate_every={every}"]

@@ -26,7 +26,9 @@ from adaptive.routing.tape import RoutingTape
 from launch.checkpoints import find_checkpoint, load_model
 from launch.data import TextConfig
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.options import check_counts
 from launch.tasks import Batch, task_class
+from launch.writable import check_file
 from parallel.checkpoint import problem_with, step_of
 from parallel.mesh import Mesh
 
@@ -72,10 +74,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
     parser.add_argument("--rows", type=int, default=32, help="rows of held-out text (default 32)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-    arguments = parser.parse_args(argv)
     with exit_on_bad_input():
-        if arguments.rows < 1:
-            raise BadInput(f"--rows={arguments.rows}: must be at least 1")
+        arguments = parser.parse_args(argv)
+        check_counts(arguments, "rows")
+        if arguments.json is not None:
+            check_file("--json", arguments.json, makes_folder=True)
         rows, consistency = compare(arguments.runs, rows=arguments.rows)
         print(table(rows, consistency))
         if arguments.json is not None:

@@ -55,6 +55,7 @@ class TextConfig:
     cache: str = "~/.cache/adaptive-transformers"
 
     def __post_init__(self) -> None:
+        check_path(self.path)
         for name in ("seq_len", "validation_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -180,6 +181,16 @@ def permuted(index: int, size: int, key: int) -> int:
             return index
 
 
+def check_path(path: str | None) -> None:
+    """Refuse a path of no characters, which is what an unset shell variable leaves.
+
+    Raises:
+        ValueError: one line, without the section.
+    """
+    if path is not None and not path.strip():
+        raise ValueError(f"path={path!r}: must name a file or folder, or be null for the default")
+
+
 def _files(path: str | None) -> list[tuple[str, Path]]:
     """(name, file) of every file of text, sorted by name."""
     if path is None:
@@ -225,8 +236,16 @@ def _lines(name: str, file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str,
             text = None
         if not isinstance(text, str):
             raise BadInput(f"{file}:{number}: must be a JSON object with a string `text`")
-        if text:
-            yield f"{name}:{number}", text.encode()
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError as error:
+            # To replace it would train on something else than the file says.
+            half = ascii(text[error.start])[1:-1]
+            raise BadInput(
+                f"{file}:{number}: `text` holds {half}, half of a surrogate pair: must be Unicode"
+            ) from None
+        if encoded:
+            yield f"{name}:{number}", encoded
 
 
 def _encoded(config: TextConfig, files: list[tuple[str, Path]], tokenizer: Tokenizer) -> Path:
@@ -294,4 +313,4 @@ def _encode(
 
 def _unit_hash(name: str) -> float:
     """A number in [0, 1) that depends on the name only."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64

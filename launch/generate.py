@@ -30,6 +30,7 @@ from launch.checkpoints import load_model
 from launch.config import RunConfig
 from launch.data import Corpus, Tokenizer
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.options import check_counts, check_seed
 
 _CALIBRATION_ROWS = 16
 
@@ -80,8 +81,8 @@ def sample(options: argparse.Namespace) -> None:
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
     except ValueError as error:
         raise BadInput(f"--{str(error).replace('_', '-', 1)}") from None
-    if options.max_tokens < 1:
-        raise BadInput(f"--max-tokens={options.max_tokens}: must be at least 1")
+    check_counts(options, "max_tokens")
+    check_seed(options.seed)
     other_depth = decode_depth.wanted(options)
     device = chosen_device(options.device)
     model, config = load_model(options.checkpoint)
@@ -95,8 +96,9 @@ def sample(options: argparse.Namespace) -> None:
         )
     model = model.to(device)
     tokenizer = Tokenizer(config.data.tokenizer)
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
-    prompt = [int(token) for token in tokenizer.encode(text.encode("utf-8"))]
+    # Bytes, whatever they are: a prompt cut in the middle of a character is still a prompt.
+    given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
+    prompt = [int(token) for token in tokenizer.encode(given)]
     try:
         check_prompts(model, [prompt])
     except ValueError as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adaptive.models.diffusion import DiffusionConfig
 from adaptive.models.samplers import SamplingConfig
-from launch.data import permuted
+from launch.data import check_path, permuted
 from launch.errors import BadInput
 from launch.tasks import row_generator
 
@@ -75,6 +75,7 @@ class ImageConfig:
     samples_per_class: int = 8
 
     def __post_init__(self) -> None:
+        check_path(self.path)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction}: must be in [0, 1)")
         if not 0 <= self.class_drop <= 1:
@@ -111,6 +112,8 @@ class ImageData:
         shape = (model.channels, model.image_size, model.image_size)
         self.source = _open(config.path, shape, verify=verify)
         labels = self.source.labels
+        if not len(labels):
+            raise BadInput(f"data.path={config.path}: its files hold no image")
         wrong = np.flatnonzero((labels < 0) | (labels >= model.num_classes))
         if len(wrong):
             raise BadInput(
@@ -153,7 +156,7 @@ def _features(path: str | None, images: int, model: DiffusionConfig) -> np.ndarr
         return None
     try:
         features = np.load(Path(path).expanduser(), mmap_mode="r")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise BadInput(f"data.features={path}: is no .npy array: {error}") from None
     wanted = (images, model.tokens, model.alignment.feature_dim)
     if features.shape != wanted:
@@ -273,7 +276,7 @@ class Arrays(_ClassFolders):
         for file in files:
             try:
                 array = np.load(file, mmap_mode="r")
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, EOFError) as error:
                 raise BadInput(f"{file}: is no .npy array: {error}") from None
             array = array[None] if array.ndim == 3 else array
             _check_shape(file, array.shape[1:], shape)
@@ -300,13 +303,13 @@ class TensorFiles(ImageSource):
                     for name in ("images", "labels"):
                         if name not in names:
                             raise BadInput(f"{file}: has no tensor `{name}`")
-                    count, *rest = tensors.get_slice("images").get_shape()
+                    sizes = tensors.get_slice("images").get_shape()
                     own = tensors.get_tensor("labels")
             except SafetensorError as error:
                 raise BadInput(f"{file}: is no safetensors file: {error}") from None
-            _check_shape(file, tuple(rest), shape)
-            if tuple(own.shape) != (count,) or own.is_floating_point():
-                raise BadInput(f"{file}: labels must be {count} integers, one an image")
+            _check_shape(file, tuple(sizes[1:]), shape)
+            if list(own.shape) != sizes[:1] or own.is_floating_point():
+                raise BadInput(f"{file}: labels must be {sizes[0]} integers, one an image")
             labels.append(own.numpy().astype(np.int64))
         self.labels = np.concatenate(labels)
         self.classes = [str(number) for number in range(int(self.labels.max(initial=-1)) + 1)]
@@ -350,7 +353,7 @@ def _mode(shape: tuple[int, int, int]) -> str:
 def _check_shape(file: Path, shape: tuple[int, ...], wanted: tuple[int, int, int]) -> None:
     if tuple(shape) != wanted:
         raise BadInput(
-            f"{file}: images are {_times(shape)}, must be {_times(wanted)} "
+            f"{file}: images are {_times(shape) or 'single numbers'}, must be {_times(wanted)} "
             f"(model.channels, model.image_size)"
         )
 

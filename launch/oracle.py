@@ -19,6 +19,8 @@ from adaptive.models.oracle import Found, OracleReport, search
 from launch.checkpoints import load_model
 from launch.data import Corpus
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.options import check_counts
+from launch.writable import check_file
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -50,10 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load, search, report."""
-    for name in ("tokens", "beam", "exhaustive_up_to"):
-        if getattr(options, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise BadInput(f"{flag}={getattr(options, name)}: must be at least 1")
+    check_counts(options, "tokens", "beam", "exhaustive_up_to")
+    if options.output is not None:
+        check_file("--output", options.output)
     model, config = load_model(options.checkpoint)
     if not isinstance(model, Decoder):
         raise BadInput(f"{options.checkpoint}: holds a {type(model).__name__}, not a text decoder")
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise BadInput(f"{options.checkpoint}: {error}") from None
     print(table(report))
-    if options.output:
+    if options.output is not None:
         Path(options.output).write_text(json.dumps(as_json(report), indent=1), encoding="utf-8")
         print(f"best paths: {options.output}")
 

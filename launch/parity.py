@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import RoutingTape
 from launch.config import RunConfig, load_config
-from launch.errors import BadInput, exit_on_bad_input
+from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.options import check_counts, check_positive, check_seed, refuse_empty_values
 from launch.parity_trainer import deepspeed_trainer
 from launch.tasks import task_class
 from launch.zero import check_zero
@@ -76,6 +77,9 @@ class RecipeSubject:
 def main(arguments: list[str] | None = None) -> None:
     with exit_on_bad_input():
         options = _parser().parse_args(arguments)
+        check_seed(options.seed)
+        check_counts(options, "steps", "rows", "micro_batches")
+        check_positive(options, "tolerance", "timeout")
         settings = Settings(
             steps=options.steps, micro_batches=options.micro_batches, seed=options.seed
         )
@@ -83,6 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.subject is not None:
             subject = options.subject
         else:
+            refuse_empty_values(options.overrides)
             config = load_config(options.config, options.overrides)
             device = "cuda" if options.cuda else "cpu"
             task_class(config.task).check(config)
@@ -138,7 +143,7 @@ def parse_mesh(text: str) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m launch.parity",
         description="Is a model the same on a mesh as on one rank? Loss, every gradient, the "
         "gradient norm, the clipped update, the weights.",

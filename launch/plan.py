@@ -13,9 +13,11 @@ from torch import nn
 from adaptive.flops import Work
 from adaptive.models.decoder import Decoder, DecoderConfig
 from launch.config import RunConfig, load_config
-from launch.errors import BadInput, exit_on_bad_input
+from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.machines import PUBLISHED, Machine, machine_of, with_given
+from launch.options import check_counts, check_positive, refuse_empty_values
 from launch.parity import parse_mesh
+from launch.preflight import meta_model
 from launch.step_time import (
     Collective,
     Demand,
@@ -28,7 +30,6 @@ from launch.step_time import (
     seconds,
     weight_passes,
 )
-from launch.tasks import task_class
 from parallel import cost
 from parallel.gradients import is_expert
 from parallel.mesh import Mesh, data_degree
@@ -96,7 +97,7 @@ def plan(config: RunConfig, mesh: Mesh, machine: Machine, *, mixed: bool = True)
     rows = batch // mesh.data
     micro = min(config.train.micro_batch_size or rows, rows)
     accumulation = -(-rows // micro)
-    model = _local_model(config, mesh)
+    model = meta_model(config, mesh)
     dense = sum(p.numel() for p in model.parameters() if not is_expert(p))
     experts = sum(p.numel() for p in model.parameters() if is_expert(p))
     number = 2 if mixed else 4
@@ -254,6 +255,10 @@ def candidates(config: RunConfig, gpus: int) -> Iterator[Mesh]:
 def main(arguments: list[str] | None = None) -> None:
     with exit_on_bad_input():
         options = _parser().parse_args(arguments)
+        refuse_empty_values(options.overrides)
+        check_counts(options, "gpus")
+        given = ("memory", "tflops", "bandwidth", "network")
+        check_positive(options, "efficiency", *given)
         config = load_config(options.config, options.overrides)
         if not isinstance(config.model, DecoderConfig):
             raise BadInput(f"task={config.task}: only language models can be planned")
@@ -265,7 +270,6 @@ def main(arguments: list[str] | None = None) -> None:
             mixed=mixed,
             efficiency=options.efficiency,
         )
-        given = ("memory", "tflops", "bandwidth", "network")
         machine = with_given(machine, **{name: getattr(options, name) for name in given})
         meshes = (
             [_mesh(options.gpus, parse_mesh(text)) for text in options.meshes]
@@ -325,16 +329,6 @@ def _mesh(gpus: int, given: Mapping[str, Any]) -> Mesh:
     )
 
 
-def _local_model(config: RunConfig, mesh: Mesh) -> nn.Module:
-    """One rank's part of the model, without memory."""
-    device = torch.device("meta")
-    try:
-        with device:
-            return task_class(config.task)(config, mesh=mesh, device=device).build_model()
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-
-
 def _shares(config: DecoderConfig) -> list[float]:
     """Share of the tokens that each layer computes."""
     layers = config.num_layers
@@ -365,7 +359,7 @@ def _state_bytes(dense: int, experts: int, mesh: Mesh, stage: int, *, mixed: boo
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m launch.plan",
         description="Memory, communication and time of a run on every mesh of so many GPUs.",
         epilog=_EPILOG,

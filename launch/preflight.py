@@ -9,9 +9,11 @@ from torch import nn
 
 from launch.checkpoints import check_same_model, find_checkpoint, read_state
 from launch.config import RunConfig
+from launch.deepspeed_section import check_deepspeed
 from launch.engine import engine_settings
 from launch.errors import BadInput
 from launch.tasks import task_class
+from launch.writable import check_folder
 from launch.zero import check_zero
 from parallel.checkpoint import newest_intact
 from parallel.mesh import Mesh, data_degree
@@ -30,9 +32,8 @@ def check_run(config: RunConfig, *, ranks: int) -> None:
     except ValueError as error:
         raise BadInput(f"parallel.{error}") from None
     mesh = Mesh(**{**vars(axes), "data": data})
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise BadInput(f"output={config.output}: is a file, must be a folder")
+    check_folder("output", config.output)
+    check_deepspeed(config.deepspeed)
     for phase in phases:
         stage = phase.deepspeed.get("zero_optimization", {}).get("stage", 0)
         check_zero(stage, tensor=axes.tensor, expert=axes.expert)

@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.models.samplers import SamplingConfig
-from launch.errors import BadInput, exit_on_bad_input
+from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.images import ImageData
+from launch.options import check_counts, check_seed
 from launch.sample import (
-    OneLineParser,
     add_sampling_options,
     draw_samples,
     load_diffusion,
     sampling_config,
 )
+from launch.writable import check_file
 
 FEATURES = 64
 
@@ -185,6 +186,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.samples < FEATURES:
         raise BadInput(f"--samples={options.samples}: must be at least {FEATURES}")
+    check_counts(options, "batch_size")
+    check_seed(options.seed)
+    if options.json is not None:
+        check_file("--json", options.json)
     return options
 
 

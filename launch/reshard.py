@@ -13,8 +13,9 @@ from torch import Tensor
 
 from launch.checkpoints import WholeState, find_checkpoint, read_whole, write_whole
 from launch.config import ParallelConfig, RunConfig
-from launch.errors import BadInput, exit_on_bad_input
+from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.parity import parse_mesh
+from launch.writable import check_folder
 from launch.zero import check_zero
 from parallel.checkpoint import save_atomically
 from parallel.mesh import data_degree
@@ -85,6 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     with exit_on_bad_input():
         options = _parser().parse_args(arguments)
         mesh = None if options.to is None else parse_mesh(options.to)
+        if mesh is not None:
+            axes = {axis: int(mesh.get(axis, 1)) for axis in ("tensor", "expert")}
+            check_zero(options.zero, **axes)
+        check_folder("--output", options.output)
         source = find_checkpoint(options.checkpoint)
         written, whole = reshard(source, Path(options.output))
         different = "" if mesh is None else verify(written, whole, mesh, options.zero)
@@ -121,7 +126,7 @@ def _gathered(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m launch.reshard",
         description="Turn a checkpoint of any ranks, mesh and ZeRO stage into one for any others.",
         epilog=_EPILOG,

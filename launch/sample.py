@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +20,11 @@ from adaptive.models.diffusion import DiffusionTransformer
 from adaptive.models.samplers import SamplingConfig, operations_per_image, sample
 from launch.checkpoints import TASK_STATE, find_checkpoint, load_model
 from launch.config import RunConfig
-from launch.errors import BadInput, exit_on_bad_input
+from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.images import tile, to_pixels
+from launch.options import check_counts, check_seed
 from launch.tasks.diffusion import averaged_weights
+from launch.writable import check_file
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Sample, write what was asked for, print what it cost."""
     with exit_on_bad_input():
         options = _parser().parse_args(arguments)
+        check_seed(options.seed)
+        outputs = []
+        for name, path in (("--png", options.png), ("--npz", options.npz)):
+            if path is not None:
+                check_file(name, path)
+                outputs.append(Path(path))
         model, run = load_diffusion(options.checkpoint, weights=options.weights)
         config = sampling_config(run, options)
         labels = _labels(options, model.config.num_classes)
-        outputs = [Path(p) for p in (options.png, options.npz) if p is not None]
-        for path in outputs:
-            if not path.absolute().parent.is_dir():
-                raise BadInput(f"{path}: its folder does not exist")
         if options.png is not None and model.config.channels not in (1, 3):
             raise BadInput(
                 f"--png={options.png}: {model.config.channels} channels are no picture: use --npz"
@@ -161,13 +164,6 @@ def write_npz(samples: Samples, path: Path) -> None:
         np.savez(out, arr_0=images, labels=samples.labels.numpy())
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, exit code 2."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise BadInput(message)
-
-
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options that `launch.sample` and `launch.quality` share."""
     parser.add_argument("checkpoint", help="a run's folder, or one of its checkpoints")
@@ -205,10 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _labels(options: argparse.Namespace, num_classes: int) -> Tensor:
-    if options.per_class < 1:
-        raise BadInput(f"--per-class={options.per_class}: must be at least 1")
-    if options.batch_size < 1:
-        raise BadInput(f"--batch-size={options.batch_size}: must be at least 1")
+    check_counts(options, "per_class", "batch_size")
     words = options.labels.split(",") if options.labels else [str(n) for n in range(num_classes)]
     for word in words:
         if not word.strip().isdigit() or int(word) >= num_classes:

@@ -5,6 +5,7 @@ Fields are documented under "Attributes:"; `--help` prints those lines.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,11 +14,21 @@ from launch.growth_phases import GrowthConfig
 _FORBID = {"extra": "forbid"}
 
 
-def _at_least(owner: object, minimum: float, *names: str) -> None:
+# What counts and seeds are kept in: int64, by numpy and torch.
+LARGEST_WHOLE = 2**63 - 1
+# Optimizers compute in float32, into which torch refuses to convert a larger number.
+_LARGEST = 1e38
+
+
+def _within(owner: object, minimum: float, maximum: float, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"{name}={value}: must be at least {minimum}")
+        if value is None or minimum <= value <= maximum:
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value}: must be a finite number")
+        rule = f"at least {minimum}" if value < minimum else f"at most {maximum}"
+        raise ValueError(f"{name}={value}: must be {rule}")
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,11 @@ class TrainConfig:
             nothing is accumulated.
         learning_rate: highest learning rate, reached after the warm-up.
         warmup_steps: steps in which the learning rate rises linearly from 0.
-        final_learning_rate: share of learning_rate that the cosine ends at.
+        final_learning_rate: share of learning_rate that the cosine ends at, from 0 to 1.
         weight_decay: decoupled, on matrices only (not on norms, biases or scales).
         beta1, beta2, eps: of AdamW.
         gradient_clip: largest global gradient norm; 0: no clipping.
-        seed: of the weights, the order of the data and every random draw.
+        seed: of the weights, the order of the data and every random draw; below 2**63.
         evaluate_every: steps between evaluations on held-out data; 0: at the end only.
         log_every: steps between progress lines.
         calibrate_rows: held-out rows on which thresholds of Mixture-of-Depths predictors are set
@@ -68,10 +79,16 @@ class TrainConfig:
     growth: list[GrowthConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch_size", "micro_batch_size", "log_every")
-        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "gradient_clip")
-        _at_least(self, 0, "final_learning_rate", "evaluate_every", "move_within", "seed")
-        _at_least(self, 0, "calibrate_rows")
+        _within(self, 1, LARGEST_WHOLE, "steps", "batch_size", "micro_batch_size", "log_every")
+        _within(self, 0, LARGEST_WHOLE, "warmup_steps", "evaluate_every", "move_within", "seed")
+        _within(self, 0, LARGEST_WHOLE, "calibrate_rows")
+        # Adam divides the rate by 1 - beta1 at first, and multiplies it by the decay.
+        _within(self, 0, 1e6, "learning_rate", "weight_decay")
+        _within(self, 0, _LARGEST, "gradient_clip", "eps")
+        _within(self, 0, 1, "final_learning_rate")
+        if not self.eps:
+            # Adam divides by the root of a second moment, which is 0 where no gradient has been.
+            raise ValueError(f"eps={self.eps}: must be above 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1)")
@@ -99,7 +116,7 @@ class ParallelConfig:
     context_attention: Literal["ulysses", "ring"] = "ulysses"
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "tensor", "context", "expert")
+        _within(self, 1, LARGEST_WHOLE, "tensor", "context", "expert")
 
 
 @dataclass(frozen=True)
@@ -121,8 +138,8 @@ class MonitorConfig:
     on_alarm: Literal["warn", "stop"] = "warn"
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "every")
-        _at_least(self, 0, "images_every")
+        _within(self, 1, LARGEST_WHOLE, "every")
+        _within(self, 0, LARGEST_WHOLE, "images_every")
 
 
 @dataclass(frozen=True)
@@ -143,8 +160,10 @@ class CheckpointConfig:
     resume: str = "auto"
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "every")
-        _at_least(self, 1, "keep")
+        _within(self, 0, LARGEST_WHOLE, "every")
+        _within(self, 1, LARGEST_WHOLE, "keep")
+        if not self.resume.strip():
+            raise ValueError(f"resume={self.resume!r}: must be auto, never or a path")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from launch.checkpoints import (
 )
 from launch.config import RunConfig, from_mapping
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.options import check_seed
 from parallel.checkpoint import save_atomically
 
 
@@ -56,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--router", default="linear", help="linear or hyperspherical")
     parser.add_argument("--seed", type=int, default=0, help="of the routers")
     parser.add_argument("--mixtral", action="store_true", help="write a directory of transformers")
-    arguments = parser.parse_args(argv)
     with exit_on_bad_input():
+        arguments = parser.parse_args(argv)
+        check_seed(arguments.seed)
         try:
             print(convert(arguments))
         except ValueError as error:

@@ -64,6 +64,25 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         ("train.steps=many", "train.steps='many': must be a whole number"),
         ("train.learning_rate=fast", "train.learning_rate='fast': must be a number"),
         ("train.steps=2.5", "train.steps=2.5: must be a whole number"),
+        ("train.steps=0", "train.steps=0: must be at least 1"),
+        ("train.learning_rate=nan", "train.learning_rate=nan: must be a finite number"),
+        ("train.learning_rate=.inf", "train.learning_rate=inf: must be a finite number"),
+        ("train.learning_rate=1e7", "train.learning_rate=10000000.0: must be at most 1000000.0"),
+        ("train.gradient_clip=1e39", "train.gradient_clip=1e+39: must be at most 1e+38"),
+        ("train.final_learning_rate=2", "train.final_learning_rate=2.0: must be at most 1"),
+        ("train.weight_decay=nan", "train.weight_decay=nan: must be a finite number"),
+        ("train.gradient_clip=.inf", "train.gradient_clip=inf: must be a finite number"),
+        ("train.beta1=nan", "train.beta1=nan: must be in [0, 1)"),
+        ("train.eps=-1", "train.eps=-1.0: must be at least 0"),
+        ("train.eps=0", "train.eps=0.0: must be above 0"),
+        (
+            "train.seed=12345678901234567890123",
+            "train.seed=12345678901234567890123: must be at most 9223372036854775807",
+        ),
+        ("train.steps=12345678901234567890123", "train.steps=12345678901234567890123: must be at"),
+        ("monitor.every=12345678901234567890123", "monitor.every=12345678901234567890123: must"),
+        ("checkpoint.every=-1", "checkpoint.every=-1: must be at least 0"),
+        ("checkpoint.resume=''", "checkpoint.resume='': must be auto, never or a path"),
         ("model.dim=null", "model.dim=null: must be a whole number"),
         ("model=3", "model=3: must be a mapping of keys"),
         ("monitor.on_alarm=cry", "monitor.on_alarm='cry': must be one of 'warn', 'stop'"),
@@ -78,6 +97,13 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         ("model.num_heads=5", "model.num_heads=5: must divide dim=32"),
         ("model.num_kv_heads=3", "model.num_kv_heads=3: must divide num_heads=4"),
         ("data.path=/nowhere/*.txt", "data.path=/nowhere/*.txt: no such file"),
+        ("data.path=", "data.path=: has no value; for null write data.path=null"),
+        ("data.path=''", "data.path='': must name a file or folder, or be null"),
+        ("output=", "output=: has no value"),
+        ("output=/proc/foo/bar", "output=/proc/foo/bar: /proc cannot be written: "),
+        ("output=/dev/null", "output=/dev/null: is a file, must be a folder"),
+        ("output=/dev/null/run", "output=/dev/null/run: /dev/null is a file, must be a folder"),
+        ("output=''", "output='': must name a folder"),
         ("data.seq_len=64", "data.seq_len=64: must be at most model.max_seq_len=32"),
         ("model.vocab_size=100", "model.vocab_size=100: must be at least 256, that of data."),
         ("data.tokenizer=/nowhere", "data.tokenizer=/nowhere: must be bytes or a tokenizer.json"),
@@ -94,6 +120,48 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
             "deepspeed.train_batch_size=99: contradicts 8, which follows from train.batch_size",
         ),
         ("deepspeed.bf16.enabled=true", "deepspeed.zero_optimization.stage=0: must be 1, 2 or 3"),
+        ("deepspeed.bf16=true", "deepspeed.bf16=True: must be a mapping of keys"),
+        ("deepspeed.fp16=null", "deepspeed.fp16=null: must be a mapping of keys"),
+        ("deepspeed.zero_optimization=3", "deepspeed.zero_optimization=3: must be a mapping of"),
+        ("deepspeed.zero_optimization.stage=7", "deepspeed.zero_optimization.stage=7: must be 0"),
+        (
+            "deepspeed.zero_optimizaton.stage=1",
+            "deepspeed.zero_optimizaton: unknown key; did you mean zero_optimization?",
+        ),
+        # What is a key of a section only is none of the section's own.
+        ("deepspeed.stage=1", "deepspeed.stage: unknown key"),
+        (
+            "deepspeed.zero_optimization.satge=1",
+            "deepspeed.zero_optimization.satge: unknown key; did you mean stage?",
+        ),
+        (
+            "deepspeed.zero_optimization.offload_param={devcie: cpu}",
+            "deepspeed.zero_optimization.offload_param.devcie: unknown key; did you mean device?",
+        ),
+        (
+            "deepspeed.zero_optimization.reduce_bucket_size=big",
+            "deepspeed.zero_optimization.reduce_bucket_size='big': Input should be a valid",
+        ),
+        (
+            "deepspeed.wandb={enbled: true}",
+            "deepspeed.wandb.enbled: unknown key; did you mean enabled?",
+        ),
+        ("deepspeed.aio=3", "deepspeed.aio=3: must be a mapping of keys"),
+        ("deepspeed.amp.enabled=true", "deepspeed.amp: DeepSpeed refuses it: NVIDIA Apex AMP"),
+        (
+            "deepspeed={fp16: {enabled: true}, bf16: {enabled: true}}",
+            "deepspeed: DeepSpeed refuses it: bfloat16 and fp16 modes cannot be simultaneously",
+        ),
+        (
+            "deepspeed.optimizer={type: Adma}",
+            "deepspeed.optimizer.type='Adma': must be one of DeepSpeed's or torch.optim's",
+        ),
+        ("deepspeed.optimizer.type=[Adam]", "deepspeed.optimizer.type=['Adam']: must be one of"),
+        (
+            "deepspeed.optimizer={type: Adam, parms: {}}",
+            "deepspeed.optimizer.parms: unknown key; did you mean params?",
+        ),
+        ("deepspeed.optimizer={type: Adam, params: 3}", "deepspeed.optimizer.params=3: must be a"),
         ("deepspeed.scheduler={type: WarmupLR}", "deepspeed.scheduler: must be left out"),
         ("phases=[{name: a, train: {stepss: 3}}]", "phase a: train.stepss: unknown key; did you"),
     ],
@@ -147,6 +215,15 @@ def test_a_damaged_jsonl_line_is_named(folder: Path, refused: Refused) -> None:
     path.write_text('{"text": "fine"}\n{"words": "no"}\n')
     line = refused(f"data.path={path}")
     assert line == f"error: {path}:2: must be a JSON object with a string `text`"
+
+
+def test_half_a_character_in_a_jsonl_is_named_by_its_line(folder: Path, refused: Refused) -> None:
+    path = folder / "halves.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "a \\ud83d\\ude00"}\n{"text": "no \\ud800 x"}\n')
+    line = refused(f"data.path={path}")
+    assert line == (
+        f"error: {path}:3: `text` holds \\ud800, half of a surrogate pair: must be Unicode"
+    )
 
 
 def test_files_that_are_not_there_or_not_yaml_or_json(folder: Path, refused: Refused) -> None:

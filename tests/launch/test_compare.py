@@ -69,6 +69,54 @@ def test_a_comparison_that_cannot_run_is_one_line(comparison: Path) -> None:
         plan_runs(broken, comparison.parent)
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("points=0", "comparison.points=0: must be at least 1"),
+        ("seeds=[]", "comparison.seeds=[]: must hold at least one seed"),
+        ("seeds=[1, 2, 1]", "comparison.seeds=[1, 2, 1]: must hold 1 once"),
+        ("arms={}", "comparison.arms={}: must name at least one arm"),
+        ("arms={a b: [], a_b: []}", "comparison.arms: 'a b': a_b must be the folder of one arm"),
+        ("operations=.nan", "comparison.operations=nan: must be a number above 0"),
+        ("operations=0", "comparison.operations=0.0: must be a number above 0"),
+        ("results=/proc/a/b", "results=/proc/a: /proc cannot be written"),
+        ("seeds=", "seeds=: has no value"),
+        ("seeds=[", "seeds=[: not valid YAML"),
+        ("common=[data.path=]", "data.path=: has no value"),
+    ],
+)
+def test_keys_of_a_comparison_are_checked(
+    override: str, line: str, comparison: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(comparison), override])
+    assert stop.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {line}")
+    assert not (comparison.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"title: [", "not valid YAML"),
+        (b"title: \xff", "not valid YAML"),
+        (b"", "must be a mapping of keys"),
+        (b"[1, 2]", "must be a mapping of keys"),
+    ],
+)
+def test_a_file_that_is_no_comparison_is_one_line(
+    content: bytes, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        main([str(path)])
+    assert stop.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {path}: {line}")
+
+
 def test_held_out_loss_counts_every_row_once(tmp_path: Path) -> None:
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:
     data = corpus(tmp_path, path=str(tmp_path / "texts.jsonl"), validation_fraction=0.2)
     documents = bytes(data.train).split(b"\0")[:-1] + bytes(data.validation).split(b"\0")[:-1]
     assert sorted(documents) == sorted((f"text number {n} " * 20).encode() for n in range(50))
+
+
+def test_a_file_name_that_is_no_utf8_has_a_place_in_the_split(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / os.fsdecode(b"\xff%d.txt" % number)).write_text(f"document {number} " * 30)
+    assert len(corpus(tmp_path, path=str(tmp_path / "*.txt"), validation_fraction=0.2).train)
 
 
 def test_a_tokenizer_file_encodes(tmp_path: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert captured.out == ""
     (line,) = captured.err.splitlines()
     return line
+
+
+def test_a_prompt_is_bytes_whatever_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path, predictor="mlp")
+    given = b"\xff\xfeabc"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    piped, _ = run(capsys, folder, "--prompt", "-", "--max-tokens", 3)
+    assert piped.startswith("\ufffd\ufffdabc")
+    typed, _ = run(capsys, folder, "--prompt", os.fsdecode(given), "--max-tokens", 3)
+    assert typed == piped
 
 
 def test_text_continues_the_prompt_and_a_seed_repeats_it(

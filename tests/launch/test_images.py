@@ -123,6 +123,14 @@ def test_safetensors_latents_bring_their_labels(tmp_path: Path) -> None:
             "x.safetensors: labels must be 2 integers, one an image",
         ),
         (
+            {"images": torch.tensor(0.0), "labels": torch.zeros(0).long()},
+            "x.safetensors: images are single numbers, must be 2x4x4",
+        ),
+        (
+            {"images": torch.zeros(0, 2, 4, 4), "labels": torch.zeros(0).long()},
+            r"data.path=.*: its files hold no image",
+        ),
+        (
             {"images": torch.zeros(2, 2, 4, 4), "labels": torch.tensor([0, 7])},
             r"label 7 of image 1: must be below model.num_classes=2",
         ),
@@ -153,9 +161,10 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="use one kind a folder"):
         data_of(tmp_path, channels=1)
     (tmp_path / "loose.png").unlink()
-    (tmp_path / "a" / "y.npy").write_bytes(b"junk")
-    with pytest.raises(BadInput, match=r"y.npy: is no .npy array"):
-        data_of(tmp_path, channels=1)
+    for content in (b"junk", b""):
+        (tmp_path / "a" / "y.npy").write_bytes(content)
+        with pytest.raises(BadInput, match=r"y.npy: is no .npy array"):
+            data_of(tmp_path, channels=1)
 
 
 def test_the_digits_need_their_own_shape() -> None:
@@ -167,6 +176,7 @@ def test_the_digits_need_their_own_shape() -> None:
     ("build", "message"),
     [
         (lambda: AverageConfig(decay=1.0), r"decay=1.0: must be in \[0, 1\)"),
+        (lambda: ImageConfig(path=""), "path='': must name a file or folder"),
         (lambda: ImageConfig(class_drop=2), r"class_drop=2: must be in \[0, 1\]"),
         (lambda: ImageConfig(validation_fraction=1), r"validation_fraction=1: must be in \[0, 1\)"),
         (lambda: ImageConfig(samples_per_class=0), "samples_per_class=0: must be at least 1"),

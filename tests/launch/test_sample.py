@@ -101,7 +101,10 @@ def test_picture_has_one_row_a_class(run_folder: Path, tmp_path: Path) -> None:
         (["--per-class", "0"], "error: --per-class=0: must be at least 1"),
         (["--steps", "0"], "error: --steps=0: must be at least 1"),
         (["--scale", "-1"], "error: --scale=-1.0: must be 0 or more"),
-        (["--png", "/nowhere/at/all.png"], "error: /nowhere/at/all.png: its folder does not exist"),
+        (
+            ["--png", "/nowhere/at/all.png"],
+            "error: --png=/nowhere/at/all.png: its folder does not exist",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_in_one_line(
