@@ -34,7 +34,7 @@ TRAIN = Path(__file__).with_name("train.py")
 
 def main(arguments: list[str] | None = None) -> None:
     with exit_on_bad_input():
-        parsed = parse(arguments, program="python -m launch.start", launcher=_options())
+        parsed = parse(arguments, program="python -m launch.start", launcher=launcher_options())
         ranks = count_ranks(parsed.options, gpus=torch.cuda.device_count() if _uses_cuda() else 0)
         port = choose_port(parsed.options.port)
         check_run(parsed.config, ranks=ranks)
@@ -179,7 +179,7 @@ def _hostfile_slots(path: Path) -> int:
     return total
 
 
-def _options() -> argparse.ArgumentParser:
+def launcher_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="ranks to start; default: one a GPU, 2 without GPUs"
