@@ -4,7 +4,7 @@
 
 is `deepspeed --num_gpus N launch/train.py --config recipes/NAME.yaml section.key=value …`, except
 that bad input ends in one line before any rank starts, N and a free port are found, SIGTERM or
-Ctrl-C reach the ranks, which save and exit 0.
+Ctrl-C reach the ranks, which save and exit 0, and nothing that was started outlives this program.
 """
 
 from __future__ import annotations
@@ -124,6 +124,11 @@ def plan(parsed: Parsed, *, ranks: int) -> str:
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNBEGUN = "stopped before the first step; the same command starts the run"
 
+# The shell becomes the launcher. What it leaves behind reads a pipe that this process alone holds
+# open: when this process is gone, killed with -9 too, all of the launcher's process group is ended.
+# Ranks are in that group; a parent-death signal would reach the launcher and not its children.
+_WATCHED = 'exec 3<&0; { cat <&3; kill -9 0; } >/dev/null 2>&1 & exec "$@" </dev/null 3<&-'
+
 
 def supervise(command: list[str], *, several_nodes: bool = False) -> int:
     """Run the launcher; hand requests to stop to the ranks, so that they save.
@@ -144,8 +149,14 @@ def supervise(command: list[str], *, several_nodes: bool = False) -> int:
     for number in REQUESTS:
         signal.signal(number, lambda number, _: asked.append(number))
     # A session of its own: Ctrl-C reaches only this process, not launcher and ranks as well.
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-    code = _supervised(launcher, asked, several_nodes=several_nodes)
+    launcher = subprocess.Popen(
+        ["sh", "-c", _WATCHED, "sh", *command],
+        env=environment,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with launcher:
+        code = _supervised(launcher, asked, several_nodes=several_nodes)
     return code if code >= 0 else 128 - code
 
 

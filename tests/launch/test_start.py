@@ -130,3 +130,8 @@ def test_a_run_that_is_stopped_while_it_starts_is_ended(
 def test_a_request_after_the_last_step_changes_nothing() -> None:
     rank = "import signal, time; signal.signal(15, print); time.sleep(1)"
     assert Supervised(ENDING, rank, until="ended").end(signal.SIGTERM) == (0, "")
+
+
+def test_nothing_outlives_a_killed_start() -> None:
+    code, _ = Supervised(STAND_IN, LISTENING).end(signal.SIGKILL)
+    assert code == -signal.SIGKILL
