@@ -1,4 +1,4 @@
-# make train [RECIPE=mod_lm] [PYTHON=…] [section.key=value …]   train a recipe
+# make train [RECIPE=mod_lm] [PYTHON=…] [key=value …]   train a recipe; every key of its configuration
 # make test      the whole suite, ranks over gloo included (under 10 minutes on 2 cores)
 # make test-all  and what is marked slow
 # make test-backends   the whole suite on each backend that a CPU has; triton's kernels interpreted,
@@ -16,8 +16,14 @@ TORCH := $(shell sed -n 's/^torch==//p' requirements.lock)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SOURCES := adaptive parallel launch tests benchmarks setup.py
 
-# section.key=value on make's command line goes to the recipe.
-OVERRIDES = $(foreach word,$(MAKEOVERRIDES),$(if $(findstring .,$(firstword $(subst =, ,$(word)))),'$(word)'))
+# Every KEY=VALUE of make's command line goes to the recipe, but for variables of this file and what
+# programs read from their environment. MAKEOVERRIDES has the last one first, and blanks as `\ `.
+NOT_KEYS := RECIPE PYTHON BACKENDS TESTS VENV BASE_PYTHON TORCH TORCH_CPU_INDEX SOURCES SHELL \
+  OUTPUT ADAPTIVE_BACKEND DS_ACCELERATOR CUDA_VISIBLE_DEVICES OMP_NUM_THREADS TRITON_INTERPRET
+GIVEN = $(foreach word,$(subst \ ,_,$(subst \\,_,$(MAKEOVERRIDES))),$(firstword $(subst =, ,$(word))))
+reversed = $(if $(1),$(call reversed,$(wordlist 2,$(words $(1)),$(1))) $(firstword $(1)))
+quoted = '$(subst ','\'',$(1))'
+OVERRIDES = $(foreach key,$(filter-out $(NOT_KEYS),$(call reversed,$(GIVEN))),$(call quoted,$(key)=$(value $(key))))
 
 ifeq ($(PYTHON),)
   RUN := $(abspath $(VENV))/bin/python

@@ -38,6 +38,7 @@ from measure import machine
 from adaptive.flops import planned_flops
 from adaptive.models import DiffusionTransformer
 from launch.config import RunConfig, load_config
+from launch.finished import unfinished
 from launch.images import ImageData
 from launch.quality import Judge
 from launch.sample import draw_samples, load_diffusion, sampling_config
@@ -105,6 +106,9 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
         config = configured(name, seed, folder, options)
         begun = time.perf_counter()
         run(config)
+        # A run that was stopped as asked returns as well, and must not be measured.
+        if unfinished(config) is not None:
+            raise SystemExit(f"error: {name} seed {seed}: stopped; the same command continues")
         seconds = time.perf_counter() - begun
         model, saved = load_diffusion(folder)
         row: dict[str, Any] = {"variant": name, "seed": seed, "train_seconds": round(seconds, 1)}

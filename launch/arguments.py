@@ -75,6 +75,9 @@ def describe(path: str | None, overrides: list[str]) -> str:
         config = load_config(path, overrides)
     task = task_class(config.task)
     source = "the defaults" if path is None else path
+    names = [f"phases[{n}] {phase.name}" for n, phase in enumerate(config.phases)] or [""]
+    # What holds: a phase may set a key otherwise than the run's own section.
+    configs = config.phase_configs()
     lines = [
         f"Keys, with their values in {source} (task: {config.task}).",
         "Set any of them as section.key=value, e.g. train.steps=50 model.num_layers=4.",
@@ -87,7 +90,8 @@ def describe(path: str | None, overrides: list[str]) -> str:
             value = json.dumps(config.deepspeed)
             lines += ["", f"deepspeed.* = {value}", "    DeepSpeed's own configuration, untouched."]
         elif section != "phases":
-            lines += ["", *_keys(kind, getattr(config, section), section)]
+            values = [getattr(phase, section) for phase in configs]
+            lines += ["", *_keys(kind, dict(zip(names, values, strict=True)), section)]
     return "\n".join(lines)
 
 
@@ -100,20 +104,29 @@ def _top_level(config: RunConfig) -> list[str]:
     ]
 
 
-def _keys(kind: Any, value: Any, path: str) -> list[str]:
+def _keys(kind: Any, values: dict[str, Any], path: str) -> list[str]:
+    """The lines of a section that has these values in the phases of these names."""
     docs = documentation(kind)
     lines = []
     for field in dataclasses.fields(kind):
-        inner = None if value is None else getattr(value, field.name)
+        inner = {name: getattr(value, field.name, None) for name, value in values.items()}
         section = dataclass_in(typing.get_type_hints(kind)[field.name])
         key = f"{path}.{field.name}"
-        shown = _shown(inner)
+        there = next((value for value in inner.values() if value is not None), None)
+        shown = _shown_in_phases(inner)
         if section is not None:
-            shown = "…" if inner is not None else f"null, or keys of {section.__name__}"
+            shown = "…" if there is not None else f"null, or keys of {section.__name__}"
         lines += [f"{key} = {shown}", f"    {docs.get(field.name, '')}"]
-        if section is not None and inner is not None:
-            lines += _keys(type(inner), inner, key)
+        if section is not None and there is not None:
+            lines += _keys(type(there), inner, key)
     return lines
+
+
+def _shown_in_phases(values: dict[str, Any]) -> str:
+    first = next(iter(values.values()))
+    if all(value == first for value in values.values()):
+        return _shown(first)
+    return ", ".join(f"{_shown(value)} in {name}" for name, value in values.items())
 
 
 def documentation(kind: type) -> dict[str, str]:

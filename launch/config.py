@@ -8,8 +8,9 @@ option of the command line without a second definition. Each dataclass documents
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
 
     Args:
         path: a YAML file; None: the defaults.
-        overrides: `section.key=value`, values in YAML notation.
+        overrides: `section.key=value` or `phases[0].section.key=value`, values in YAML notation.
 
     Raises:
-        BadInput: one line that names the value and the rule.
+        BadInput: one line that names the value and the rule; also for an override that no phase
+            leaves in force.
     """
     tree = {} if path is None else _read_yaml(Path(path))
     for override in overrides:
@@ -104,6 +106,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         if not equals or not key:
             raise BadInput(f"{override!r}: must be section.key=value")
         tree = _override(tree, override)
+    _check_in_force(tree, overrides)
     tree.setdefault("output", f"runs/{Path(path).stem if path is not None else 'default'}")
     return from_mapping(tree)
 
@@ -158,11 +161,72 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    key, _, value = override.partition("=")
     try:
-        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist([override]))
+        merged = OmegaConf.create(tree)
+        if re.search(r"\[|\.\d", key):
+            # Merging knows no place in a list.
+            _check_phase_index(tree, key)
+            entry = OmegaConf.from_dotlist([f"value={value}"]).value
+            OmegaConf.update(merged, key, entry, merge=True)
+        else:
+            merged.merge_with(OmegaConf.from_dotlist([override]))
         return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise BadInput(f"{override}: {error}") from None
+
+
+def _check_phase_index(tree: dict[str, Any], key: str) -> None:
+    found = re.match(r"phases(?:\[|\.)(\d+)", key)
+    count = len(tree.get("phases") or [])
+    if found is not None and int(found[1]) >= count:
+        there = f"0 to {count - 1}" if count else "none"
+        raise ValueError(f"phases of this run: {there}")
+
+
+def _check_in_force(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse an override that says something else than the phases, which win."""
+    phases = tree.get("phases") or []
+    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
+        return  # said when it is validated
+    for override in overrides:
+        given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        for path in _leaves(given):
+            setting = [n for n, phase in enumerate(phases) if _at(phase, path) is not _ABSENT]
+            # What the first phase sets carries over to the others.
+            if not setting or setting[0] != 0 or _at(phases[0], path) == _at(tree, path):
+                continue
+            key = ".".join(path)
+            values = ", ".join(
+                f"{_at(phases[n], path)} in phases[{n}] {phases[n].get('name', '')}"
+                for n in setting
+            )
+            raise BadInput(
+                f"{key}={_at(tree, path)}: has no effect, phases set it themselves ({values}); "
+                f"give phases[0].{key}=…"
+            )
+
+
+_ABSENT = object()
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    """The value at a path, or what stands in its way; _ABSENT when there is none."""
+    for part in path:
+        if not isinstance(tree, dict):
+            return tree
+        if part not in tree:
+            return _ABSENT
+        tree = tree[part]
+    return tree
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if not isinstance(tree, dict) or not tree:
+        yield path
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, (*path, str(key)))
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

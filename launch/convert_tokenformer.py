@@ -3,8 +3,9 @@
     python -m launch.convert_tokenformer load weights.safetensors --num_heads 12 --output runs/150M
     python -m launch.convert_tokenformer save runs/tokenformer_lm weights.safetensors
 
-`load` begins a run with published weights (safetensors, or a .bin or .pt of tensors); train on with
-the recipe of your choice. `save` writes a run's weights under their published names.
+`load` begins a run with published weights (safetensors, or a .bin or .pt of tensors) and prints the
+command that trains it on; --config names the recipe of everything but the model. `save` writes a
+run's weights under their published names.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             written = save_published(options.checkpoint, Path(options.weights))
     print(f"written {written}")
+    if options.command == "load":
+        print(f"continue {sys.executable} -m launch.start --config {options.output}/run.yaml")
 
 
 def load_published(

@@ -1,9 +1,9 @@
 """Make a mixture of experts of a dense decoder: `python -m launch.upcycle SOURCE OUT`.
 
 SOURCE is a run of ours, a checkpoint, or a directory of `transformers` (Llama, Mistral, Qwen 2,
-Qwen 3: config.json and *.safetensors). OUT becomes a run's folder with one checkpoint, which
-`launch.train` continues (checkpoint.resume, weights without moments), `launch.generate` samples
-from, and whose first forward equals the dense model's. With --mixtral, OUT becomes a directory of
+Qwen 3: config.json and *.safetensors). OUT becomes a run's folder, whose first forward equals the
+dense model's: `python -m launch.start --config OUT/run.yaml` trains it on (weights without
+moments), `launch.generate` samples from it. With --mixtral, OUT becomes a directory of
 `transformers` instead, of an upcycled or trained mixture; a Mixtral directory as SOURCE is taken
 as it is.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ from launch.checkpoints import (
     save_tensors,
     write_whole,
 )
-from launch.config import RunConfig, from_mapping
+from launch.config import RunConfig, from_mapping, save_resolved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.options import check_seed
 from parallel.checkpoint import save_atomically
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert(arguments: argparse.Namespace) -> str:
-    """Read, upcycle where dense, write; returns a line that says what was made."""
+    """Read, upcycle where dense, write; returns what was made and how to continue it."""
     out: Path = arguments.out
     if out.exists():
         raise BadInput(f"{out}: exists; give a new folder")
@@ -94,11 +96,14 @@ def convert(arguments: argparse.Namespace) -> str:
     if run is None:
         length = min(config.max_seq_len, 512)
         tree["data"] = {"seq_len": length}
-    tree.update(output=str(out), model=asdict(config))
+    tree.update(output=str(out), model=asdict(config), phases=[])
+    tree["checkpoint"] = {**tree.get("checkpoint", {}), "resume": "auto"}
     run_config = from_mapping(tree)
     whole = WholeState(_distinct(weights, config), {}, {}, RunState(), run_config)
     path = save_atomically(out / "checkpoints", 0, lambda folder: write_whole(folder, whole))
-    return f"{path}: {made}"
+    save_resolved(run_config, out / "run.yaml")
+    command = [sys.executable, "-m", "launch.start", "--config", str(out / "run.yaml")]
+    return f"{path}: {made}\ncontinue {shlex.join(command)}"
 
 
 def read(source: str) -> tuple[dict[str, Tensor], DecoderConfig, RunConfig | None]:

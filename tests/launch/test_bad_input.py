@@ -164,10 +164,39 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         ("deepspeed.optimizer={type: Adam, params: 3}", "deepspeed.optimizer.params=3: must be a"),
         ("deepspeed.scheduler={type: WarmupLR}", "deepspeed.scheduler: must be left out"),
         ("phases=[{name: a, train: {stepss: 3}}]", "phase a: train.stepss: unknown key; did you"),
+        ("phases[0].train.steps=3", "phases[0].train.steps=3: phases of this run: none"),
     ],
 )
 def test_one_line_names_the_value_and_the_rule(word: str, line: str, refused: Refused) -> None:
     assert refused(word).startswith(f"error: {line}")
+
+
+PHASES = (
+    "phases=[{name: a, train: {steps: 3}, model: {num_layers: 1}}, {name: b, train: {steps: 4}}]"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            [PHASES, "train.steps=10"],
+            "train.steps=10: has no effect, phases set it themselves (3 in phases[0] a, "
+            "4 in phases[1] b); give phases[0].train.steps=",
+        ),
+        ([PHASES, "train={steps: 10, batch_size: 8}"], "train.steps=10: has no effect"),
+        # The second phase inherits from the first.
+        ([PHASES, "model.num_layers=2"], "model.num_layers=2: has no effect, phases set it"),
+        (
+            [PHASES, "phases[2].train.steps=1"],
+            "phases[2].train.steps=1: phases of this run: 0 to 1",
+        ),
+    ],
+)
+def test_what_no_phase_leaves_in_force_is_refused(
+    words: list[str], line: str, refused: Refused
+) -> None:
+    assert refused(*words).startswith(f"error: {line}")
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,32 @@ def test_phases_lay_their_keys_over_the_run_and_over_one_another() -> None:
     assert (second.train.steps, second.train.batch_size, second.model.dim) == (10, 8, 64)
 
 
+def test_overrides_reach_a_phase_of_the_run() -> None:
+    words = ["phases[0].train.steps=5", "phases.1.train.steps=7", "phases[1].model.num_heads=8"]
+    first, second = load_config(RECIPES / "sprint_dit.yaml", words).phase_configs()
+    assert (first.train.steps, second.train.steps) == (5, 7)
+    assert (first.model.num_heads, second.model.num_heads) == (4, 8)
+    assert second.train.batch_size == 256
+    grown = load_config(RECIPES / "tokenformer_grow.yaml", ["train.growth[0].step=200"])
+    assert grown.phase_configs()[0].train.steps == 200
+
+
+def test_an_override_that_some_phase_leaves_in_force_is_taken() -> None:
+    # The second phase has its own batch size; the first sets keep to what is asked for.
+    words = ["train.batch_size=64", "model.keep=0.25", "train.log_every=7"]
+    first, second = load_config(RECIPES / "sprint_dit.yaml", words).phase_configs()
+    assert (first.train.batch_size, second.train.batch_size) == (64, 256)
+    assert (first.train.log_every, second.train.log_every) == (7, 7)
+
+
+def test_help_shows_what_holds_in_each_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help", "--config", str(RECIPES / "sprint_dit.yaml")], program="test")
+    said = capsys.readouterr().out
+    assert "\ntrain.steps = 900 in phases[0] stage 1, 150 in phases[1] stage 2\n" in said
+    assert "\ntrain.beta2 = 0.95\n" in said
+
+
 def test_deepspeed_json_is_laid_over_the_section(tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
     path.write_text('{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true}}')

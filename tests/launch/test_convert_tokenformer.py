@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch.checkpoints import load_model
+from launch.config import load_config
 from launch.convert_tokenformer import load_published, main, save_published
 from launch.errors import BadInput
 
@@ -44,6 +45,16 @@ def test_published_weights_become_a_run_and_come_back(
     back, before = load_file(tmp_path / "back.safetensors"), load_file(published)
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], before[name]) for name in before)
+
+
+def test_loading_prints_the_line_that_trains_it_on(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "run")
+    main(["load", str(published), "--num_heads", "4", "--output", run])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith(f"-m launch.start --config {run}/run.yaml")
+    assert load_config(f"{run}/run.yaml").model.pattention is not None
 
 
 def test_bad_input_is_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from adaptive.models import Decoder
 from launch.checkpoints import RunState, WholeState, load_model, write_whole
-from launch.config import from_mapping
+from launch.config import from_mapping, load_config
+from launch.preflight import check_run, starting_checkpoint
 from launch.upcycle import main
 from parallel.checkpoint import save_atomically
 from tests.adaptive.models.test_upcycling import ids, saved
@@ -18,10 +20,10 @@ from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 
 
-def dense_run(folder: Path, *, tie: bool) -> tuple[Decoder, Path]:
+def dense_run(folder: Path, *, tie: bool, **sections: Any) -> tuple[Decoder, Path]:
     write_text(folder)
     model = {"mixture_of_depths": None, "tie_embeddings": tie, "init_std": 0.3}
-    config = from_mapping(tiny_config(folder, model=model))
+    config = from_mapping(tiny_config(folder, model=model, **sections))
     torch.manual_seed(0)
     decoder = Decoder(config.model)
     names = {name for name, _ in decoder.named_parameters()}
@@ -57,6 +59,30 @@ def test_an_upcycled_run_trains_on(tmp_path: Path) -> None:
     _, config = load_model(tmp_path / "out")
     before, loss = run_ranks(continued, 1, config.resolved(), str(tmp_path / "out"))[0]
     assert loss == pytest.approx(before, rel=0.1)
+
+
+def test_the_line_it_prints_continues_with_what_was_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of another recipe has another top_k, or experts in other layers."""
+    _, source = dense_run(tmp_path, tie=True)
+    main([str(source), str(tmp_path / "out"), "--experts", "4", "--every", "2"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == f"continue {sys.executable} -m launch.start --config {tmp_path}/out/run.yaml"
+    config = load_config(tmp_path / "out" / "run.yaml")
+    assert config.model.mixture_of_experts.top_k == 2
+    assert config.output == str(tmp_path / "out")
+    checkpoint = starting_checkpoint(config)
+    assert checkpoint == tmp_path / "out" / "checkpoints" / "step-00000000"
+    check_run(config, ranks=2)
+
+
+def test_what_a_run_resumed_from_is_not_what_its_mixture_resumes_from(tmp_path: Path) -> None:
+    phases = [{"name": "a", "model": {"num_layers": 2}}]
+    _, source = dense_run(tmp_path, tie=True, checkpoint={"resume": "never"}, phases=phases)
+    main([str(source), str(tmp_path / "out"), "--experts", "4"])
+    config = load_config(tmp_path / "out" / "run.yaml")
+    assert (config.checkpoint.resume, config.phases) == ("auto", [])
 
 
 def test_a_transformers_directory_becomes_mixtral_and_comes_back(tmp_path: Path) -> None:
