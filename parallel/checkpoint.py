@@ -4,6 +4,7 @@
         …                          whatever the writer put there, by any rank
         manifest.json              size and SHA-256 of every file; written last
     ROOT/.writing-step-00000180/   one being written, or left behind by a killed run
+    ROOT/stale-step-00000360/      of a line that was left: a checkpoint below it was written later
 
 A folder without a manifest, or whose files disagree with it, is not a checkpoint.
 """
@@ -23,6 +24,8 @@ import torch.distributed as dist
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
 _WRITING = ".writing-"
+_REMOVED = ".removed-"
+_STALE = "stale-"
 
 
 def save_atomically(
@@ -41,7 +44,8 @@ def save_atomically(
         root: folder of the run's checkpoints.
         step: steps taken.
         write: called on every rank with the folder to write into.
-        keep: newest checkpoints that stay; None: all.
+        keep: checkpoints that stay, this one and the nearest below it; those above it are of a line
+            that was left, or damaged, and are set aside as `stale-…`. None: all stay.
         group: the ranks that write; None: all ranks, or one process without a process group.
 
     Returns:
@@ -67,11 +71,11 @@ def save_atomically(
         _write_synced(writing / MANIFEST, json.dumps({"step": step, "files": merged}, indent=1))
         for folder in {p.parent for p in files} | {writing}:
             _sync(folder)
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         writing.rename(final)
         _sync(root)
         if keep is not None:
-            _prune(root, keep)
+            _prune(final, keep)
     _barrier(group)
     return final
 
@@ -117,6 +121,20 @@ def newest_intact(root: Path, *, checksums: bool = True) -> Path | None:
     return None
 
 
+def set_aside_above(folder: Path) -> list[Path]:
+    """Rename the checkpoints of later steps, beside `folder`, to `stale-…`: nothing takes them then.
+
+    Returns:
+        Their new names, which can still be read by whoever asks for one.
+    """
+    aside = []
+    for above in sorted(p for p in _checkpoints(folder.parent) if p.name > folder.name):
+        target = above.with_name(f"{_STALE}{above.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        aside.append(above.rename(target))
+    return aside
+
+
 def step_of(folder: Path) -> int:
     """The step that a checkpoint was made at."""
     return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"])
@@ -127,11 +145,21 @@ def _checkpoints(root: Path) -> Iterator[Path]:
         yield from (p for p in root.glob(f"{_PREFIX}*") if p.is_dir())
 
 
-def _prune(root: Path, keep: int) -> None:
+def _prune(newest: Path, keep: int) -> None:
+    """Leave `newest`, just written, and the `keep - 1` below it; it is newest whatever its step."""
+    root = newest.parent
+    set_aside_above(newest)
     for folder in sorted(_checkpoints(root))[:-keep]:
-        # Renamed first, so that a kill in between leaves no half checkpoint.
-        doomed = folder.with_name(f"{_WRITING}{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(folder)
+    for left_behind in root.glob(f"{_REMOVED}*"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first, so that a kill in between leaves no half checkpoint.
+    doomed = folder.with_name(f"{_REMOVED}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.is_dir():
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 

@@ -34,6 +34,30 @@ def test_the_newest_is_found_and_old_ones_go(root: Path) -> None:
     assert sorted(p.name for p in root.iterdir()) == ["step-00000003", "step-00000012"]
 
 
+def names(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_just_written_wins_over_higher_steps(root: Path, keep: int) -> None:
+    save_atomically(root, 12, write)
+    os.truncate(root / "step-00000012" / "weights.bin", 5)
+    assert save_atomically(root, 2, write, keep=keep) == root / "step-00000002"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert newest_intact(root) == root / "step-00000002"
+    # Of another line, or damaged: nothing reads them unasked, nothing is lost.
+    below = ["step-00000001"] if keep == 2 else []
+    stale = ["stale-step-00000003", "stale-step-00000012"]
+    assert names(root) == [*stale, *below, "step-00000002"]
+    assert problem_with(root / stale[0]) is None
+
+
+def test_writing_one_more_without_pruning_leaves_all(root: Path) -> None:
+    save_atomically(root, 0, write)
+    assert names(root) == [f"step-0000000{step}" for step in range(4)]
+
+
 @pytest.mark.parametrize(
     "damage", ["truncated", "altered", "missing", "no manifest", "cut manifest"]
 )
