@@ -122,7 +122,7 @@ def newest_intact(root: Path, *, checksums: bool = True) -> Path | None:
 
 
 def set_aside_above(folder: Path) -> list[Path]:
-    """Rename the checkpoints of later steps, beside `folder`, to `stale-…`: nothing takes them then.
+    """Rename the checkpoints of later steps beside `folder` to `stale-…`: nothing takes them then.
 
     Returns:
         Their new names, which can still be read by whoever asks for one.
