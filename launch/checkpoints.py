@@ -32,6 +32,8 @@ from launch.tasks import task_class
 from parallel.checkpoint import MANIFEST, newest_intact, problem_with
 from parallel.mesh import Mesh
 
+# DeepSpeed's names of optimizers whose state is a step, exp_avg and exp_avg_sq.
+_ADAMS = ("adam", "adamw", "lamb", "muadam", "muadamw")
 WEIGHTS, OPTIMIZER, TASK_STATE = "model.safetensors", "optimizer.safetensors", "task.safetensors"
 
 
@@ -197,6 +199,33 @@ def write_description(folder: Path, state: RunState, config: RunConfig) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write named tensors as a safetensors file."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def shard_format(config: RunConfig) -> tuple[bool, bool, str]:
+    """What DeepSpeed's shards depend on besides ranks and ZeRO stage: bf16, fp16, optimizer."""
+    settings = config.deepspeed
+    bf16, fp16 = (bool((settings.get(key) or {}).get("enabled")) for key in ("bf16", "fp16"))
+    return bf16, fp16, (settings.get("optimizer") or {}).get("type", "").lower()
+
+
+def check_moments_fit(writer: RunConfig, reader: RunConfig, folder: Path) -> None:
+    """Check that moments can go as whole tensors from one run's optimizer into another's.
+
+    Raises:
+        BadInput: one of the two does not keep exactly Adam's.
+    """
+    # Without a section of its own the optimizer is torch's AdamW.
+    wrote, reads = (
+        (config.deepspeed.get("optimizer") or {}).get("type", "AdamW")
+        for config in (writer, reader)
+    )
+    for name in (wrote, reads):
+        if name.lower() not in _ADAMS:
+            raise BadInput(
+                f"deepspeed.optimizer.type={reads}: {folder} is of {wrote}, and the state of "
+                f"{name} continues only with the same optimizer, precision, ranks and ZeRO stage; "
+                "set these back, or start anew with checkpoint.resume=never"
+            )
 
 
 def write_whole(folder: Path, whole: WholeState) -> None:

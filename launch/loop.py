@@ -23,10 +23,12 @@ from launch.checkpoints import (
     WEIGHTS,
     RunState,
     WholeState,
+    check_moments_fit,
     first_difference,
     read_state,
     read_whole,
     save_tensors,
+    shard_format,
     weight_shapes,
     write_description,
     write_whole,
@@ -203,12 +205,17 @@ class Loop:
         At the beginning of a phase the task may fit the state to another model (`Task.adapt`).
 
         Raises:
-            BadInput: it is of another model; names the first parameter that differs.
+            BadInput: it is of another model (names the first parameter that differs), or of an
+                optimizer whose moments this run's does not have.
         """
         saved = read_state(folder)
         sharded = (folder / TAG).is_dir() and moments
         same = saved.ranks == dist.get_world_size() and saved.zero_stage == self.engine.zero_stage
-        same = same and load_saved(folder).parallel == self.config.parallel
+        writer = load_saved(folder)
+        same = same and writer.parallel == self.config.parallel
+        same = same and shard_format(writer) == shard_format(self.config)
+        if moments and not same:
+            check_moments_fit(writer, self.config, folder)
         fits = first_difference(self._shapes, weight_shapes(folder)) is None
         if fits and sharded and same:
             self.engine.load(folder)
