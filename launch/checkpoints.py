@@ -17,19 +17,21 @@ whatever the ranks and the ZeRO stage.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from launch.config import RunConfig, load_saved, save_resolved
 from launch.errors import BadInput
 from launch.tasks import task_class
-from parallel.checkpoint import MANIFEST, newest_intact, problem_with
+from parallel.checkpoint import MANIFEST, FailedElsewhere, newest_intact, problem_with
 from parallel.mesh import Mesh
 
 # DeepSpeed's names of optimizers whose state is a step, exp_avg and exp_avg_sq.
@@ -226,6 +228,21 @@ def check_moments_fit(writer: RunConfig, reader: RunConfig, folder: Path) -> Non
                 f"{name} continues only with the same optimizer, precision, ranks and ZeRO stage; "
                 "set these back, or start anew with checkpoint.resume=never"
             )
+
+
+def write_problem(error: Exception) -> str | None:
+    """Why a file could not be written, in a few words; None: the error is about something else.
+
+    An error that another rank met is one, whatever it was: that rank tells more.
+    """
+    said = " ".join(str(error).split())
+    # Of torch's own writer, which does not know why.
+    of_torch = "PytorchStreamWriter" in said or "inline_container" in said
+    if not of_torch and not isinstance(error, OSError | SafetensorError | FailedElsewhere):
+        return None
+    if os.strerror(errno.ENOSPC).lower() in said.lower():
+        return "no space left"
+    return said
 
 
 def write_whole(folder: Path, whole: WholeState) -> None:
