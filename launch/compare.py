@@ -30,7 +30,7 @@ from launch.checkpoints import find_checkpoint, load_model, read_state
 from launch.config import RunConfig, load_config, load_saved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.preflight import check_run, meta_model
-from launch.run_folder import free_name
+from launch.run_folder import free_name, only_run_in
 from launch.tasks import Task, task_class
 from launch.train import __file__ as TRAIN
 from launch.validation import validated
@@ -175,8 +175,11 @@ def finish(run: Run, *, threads: int) -> dict[str, Any] | None:
         if outcome["config"] == run.config.resolved():
             return outcome
     if _holds_another(run):
-        earlier = free_name(run.folder.with_name(f"{run.folder.name}-earlier"))
-        run.folder.rename(earlier)
+        try:
+            earlier = _set_aside(run.folder)
+        except BadInput as error:  # it is being trained
+            print(error, flush=True)
+            return None
         print(f"{run.folder}: was trained with another configuration, is now {earlier}", flush=True)
     print(f"{run.arm} seed {run.seed}: {run.config.train.steps} steps", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -207,6 +210,11 @@ def _holds_another(run: Run) -> bool:
         return load_saved(run.folder) != run.config
     except BadInput:  # of another version
         return True
+
+
+def _set_aside(folder: Path) -> Path:
+    with only_run_in(folder):
+        return folder.rename(free_name(folder.with_name(f"{folder.name}-earlier")))
 
 
 def _add_leg(run: Run, seconds: float) -> float:

@@ -6,13 +6,20 @@ OUTPUT/earlier-1/…     an earlier run that this one replaced, whole: checkpoin
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from launch.config import RunConfig
+from launch.errors import BadInput
 from launch.preflight import starting_checkpoint
 from parallel.checkpoint import MANIFEST, newest_intact, set_aside_above
 
@@ -27,7 +34,7 @@ def where_to_start(config: RunConfig) -> Path | None:
     `checkpoint.resume=PATH` means: from PATH, unless OUTPUT holds checkpoints of a run that the
     same configuration has started from the same checkpoint. Those are continued.
 
-    Not collective: call it on one rank and tell the others.
+    Not collective: call it on one rank, which holds the folder's lock, and tell the others.
 
     Raises:
         BadInput: the checkpoint asked for is not there or damaged.
@@ -48,9 +55,36 @@ def where_to_start(config: RunConfig) -> Path | None:
             print(f"{aside}: set aside, the run goes back to {source}", flush=True)
     elif resume != "auto" and any(root.glob("step-*")):
         print(f"{output}: held another run, which is now {set_aside(output)}", flush=True)
-    output.mkdir(parents=True, exist_ok=True)
     (output / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     return source
+
+
+@contextmanager
+def only_run_in(output: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, which ends with this process, however it ends.
+
+    Not collective: one rank holds it for all. Where the file system has no locks it warns.
+
+    Raises:
+        BadInput: another run holds it; names its process and machine.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise BadInput(
+                f"output={output}: {owner} trains in it; wait for it or give another output="
+            ) from None
+        except OSError as error:  # a network file system without locks
+            reason = f"cannot be locked ({error.strerror}); start no second run there"
+            warnings.warn(f"{output}: {reason}", stacklevel=2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def how_to_continue(config: RunConfig) -> str:

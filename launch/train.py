@@ -16,7 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +36,7 @@ from launch.optimizer import learning_rate_at
 from launch.preflight import check_continues, check_run
 from launch.progress import Progress, farewell
 from launch.ranks import StopRequest, is_first, join_ranks
-from launch.run_folder import how_to_continue, where_to_start
+from launch.run_folder import how_to_continue, only_run_in, where_to_start
 from launch.tasks import task_class
 from parallel.mesh import Mesh
 
@@ -61,12 +61,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(config: RunConfig) -> None:
     """Train all phases, from the newest checkpoint or from nothing."""
-    begun = time.perf_counter()
     device = join_ranks()
+    with ExitStack() as held:
+        source = _agreed(lambda: _begin(config, held))
+        _run_phases(config, source, device)
+
+
+def _begin(config: RunConfig, held: ExitStack) -> Path | None:
+    """Take the run's folder, until `held` ends; the checkpoint to start from."""
+    output = Path(config.output)
+    held.enter_context(only_run_in(output))
+    source = where_to_start(config)
+    save_resolved(config, output / "run.yaml")
+    return source
+
+
+def _run_phases(config: RunConfig, source: Path | None, device: torch.device) -> None:
+    """Train all phases from a checkpoint; say where everything is."""
+    begun = time.perf_counter()
     mesh = Mesh.create(**vars(config.parallel))
     stop = StopRequest()
-    output = Path(config.output)
-    source = _agreed(lambda: _begin(config))
     state = RunState()
     if source is not None:
         check_continues(config, source)
@@ -99,22 +113,13 @@ def run(config: RunConfig) -> None:
         print(
             farewell(
                 checkpoint=source,
-                output=output,
+                output=Path(config.output),
                 tensorboard=config.monitor.tensorboard,
                 sample=task.sample_command(source),
                 seconds=time.perf_counter() - begun,
             ),
             flush=True,
         )
-
-
-def _begin(config: RunConfig) -> Path | None:
-    """Make the run's folder ready; the checkpoint to start from."""
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    source = where_to_start(config)
-    save_resolved(config, output / "run.yaml")
-    return source
 
 
 def _run_phase(

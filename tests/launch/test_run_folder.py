@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ import pytest
 from adaptive.metric_log import read_metrics
 from launch.checkpoints import find_checkpoint, read_state
 from launch.config import from_mapping
-from launch.run_folder import how_to_continue, where_to_start
+from launch.errors import BadInput
+from launch.run_folder import how_to_continue, only_run_in, where_to_start
 from launch.train import run
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
@@ -41,12 +45,13 @@ def run_trees(*trees: dict[str, Any]) -> None:
 def run_until(tree: dict[str, Any], step: int) -> None:
     """What a run leaves that was stopped at a step."""
     config = from_mapping(tree)
-    where_to_start(config)
-    loop = make_loop(config)
-    while loop.state.step < step:
-        loop.step()
-    loop.save()
-    loop.engine.close()
+    with only_run_in(Path(config.output)):
+        where_to_start(config)
+        loop = make_loop(config)
+        while loop.state.step < step:
+            loop.step()
+        loop.save()
+        loop.engine.close()
 
 
 def steps_in(output: Path) -> list[int]:
@@ -126,3 +131,32 @@ def test_a_run_started_anew_says_what_continues_it(folder: Path) -> None:
     config = from_mapping(tree_of(folder, "never", 4, resume="never"))
     said = "the same command with checkpoint.resume=auto instead of never continues"
     assert how_to_continue(config) == said
+
+
+def refused(tree: dict[str, Any]) -> str:
+    with pytest.raises(BadInput) as met:
+        run(from_mapping(tree))
+    return str(met.value)
+
+
+def test_a_second_run_in_the_same_folder_ends_in_one_line(folder: Path) -> None:
+    tree = tree_of(folder, "shared", 2)
+    output = folder / "shared"
+    with only_run_in(output):
+        said = run_ranks(refused, 2, tree, timeout=60)
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
+    line = f"output={output}: {owner} trains in it; wait for it or give another output="
+    # Both ranks end; the folder is as it was.
+    assert said == [line] * 2
+    assert [p.name for p in output.iterdir()] == [".lock"]
+    run_ranks(run_trees, 1, tree, timeout=60)
+    assert steps_in(output) == [2]
+
+
+def test_a_file_system_without_locks_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="cannot be locked"), only_run_in(tmp_path):
+        pass
