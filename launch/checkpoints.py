@@ -231,14 +231,15 @@ def check_moments_fit(writer: RunConfig, reader: RunConfig, folder: Path) -> Non
 
 
 def write_problem(error: Exception) -> str | None:
-    """Why a file could not be written, in a few words; None: the error is about something else.
+    """Why a checkpoint was not written, in a few words; None: the error is about something else.
 
     An error that another rank met is one, whatever it was: that rank tells more.
     """
     said = " ".join(str(error).split())
     # Of torch's own writer, which does not know why.
     of_torch = "PytorchStreamWriter" in said or "inline_container" in said
-    if not of_torch and not isinstance(error, OSError | SafetensorError | FailedElsewhere):
+    known = isinstance(error, OSError | SafetensorError | FailedElsewhere | FloatingPointError)
+    if not of_torch and not known:
         return None
     if os.strerror(errno.ENOSPC).lower() in said.lower():
         return "no space left"

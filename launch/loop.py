@@ -188,7 +188,8 @@ class Loop:
         """Write a checkpoint of where the run is. Collective.
 
         Raises:
-            RunFailed: on every rank, when one could not write; the checkpoints before stay.
+            RunFailed: on every rank, when one could not write or weights are not finite; the
+                checkpoints before stay.
         """
 
         def write(folder: Path) -> None:
@@ -202,7 +203,7 @@ class Loop:
         step, keep = self.state.step, self.config.checkpoint.keep
         try:
             return save_atomically(self.root, step, write, keep=keep)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, FloatingPointError) as error:
             reason = write_problem(error)
             if reason is None:
                 raise
@@ -214,6 +215,9 @@ class Loop:
 
     def _describe(self, folder: Path, weights: Tensors, shared: Tensors) -> None:
         """Rank 0's part of a checkpoint: all that is not the engine's."""
+        for name, _ in self.engine.named_parameters():
+            if not weights[name].isfinite().all():
+                raise FloatingPointError(f"weights are not finite, first of {name}")
         save_tensors(weights, folder / WEIGHTS)
         if shared:
             save_tensors(shared, folder / TASK_STATE)

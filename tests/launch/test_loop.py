@@ -94,6 +94,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(folder: Path)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_weights_that_are_not_finite_are_not_saved(stage: int, folder: Path) -> None:
+    output = folder / f"weights-{stage}"
+    tree = tiny_config(
+        folder,
+        output=str(output),
+        train={"steps": 1, "learning_rate": float("inf"), "gradient_clip": 0},
+        checkpoint={"every": 1},
+        deepspeed={"zero_optimization": {"stage": stage}},
+    )
+    said = run_ranks(fail, 2, tree, timeout=60)
+    assert said[0] == (
+        f"{output}: weights are not finite, first of embedding.weight "
+        "(checkpoint of step 1 not written; there is none)"
+    )
+    assert not list((output / "checkpoints").iterdir())
+
+
 def fill_disk(tree: dict[str, Any], what: str) -> str:
     """A run whose disk is full from its second checkpoint on, for one rank's files."""
     import deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine as shards
