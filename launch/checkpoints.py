@@ -17,21 +17,25 @@ whatever the ranks and the ZeRO stage.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from launch.config import RunConfig, load_saved, save_resolved
 from launch.errors import BadInput
 from launch.tasks import task_class
-from parallel.checkpoint import MANIFEST, newest_intact, problem_with
+from parallel.checkpoint import MANIFEST, FailedElsewhere, newest_intact, problem_with
 from parallel.mesh import Mesh
 
+# DeepSpeed's names of optimizers whose state is a step, exp_avg and exp_avg_sq.
+_ADAMS = ("adam", "adamw", "lamb", "muadam", "muadamw")
 WEIGHTS, OPTIMIZER, TASK_STATE = "model.safetensors", "optimizer.safetensors", "task.safetensors"
 
 
@@ -197,6 +201,49 @@ def write_description(folder: Path, state: RunState, config: RunConfig) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write named tensors as a safetensors file."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def shard_format(config: RunConfig) -> tuple[bool, bool, str]:
+    """What DeepSpeed's shards depend on besides ranks and ZeRO stage: bf16, fp16, optimizer."""
+    settings = config.deepspeed
+    bf16, fp16 = (bool((settings.get(key) or {}).get("enabled")) for key in ("bf16", "fp16"))
+    return bf16, fp16, (settings.get("optimizer") or {}).get("type", "").lower()
+
+
+def check_moments_fit(writer: RunConfig, reader: RunConfig, folder: Path) -> None:
+    """Check that moments can go as whole tensors from one run's optimizer into another's.
+
+    Raises:
+        BadInput: one of the two does not keep exactly Adam's.
+    """
+    # Without a section of its own the optimizer is torch's AdamW.
+    wrote, reads = (
+        (config.deepspeed.get("optimizer") or {}).get("type", "AdamW")
+        for config in (writer, reader)
+    )
+    for name in (wrote, reads):
+        if name.lower() not in _ADAMS:
+            raise BadInput(
+                f"deepspeed.optimizer.type={reads}: {folder} is of {wrote}, and the state of "
+                f"{name} continues only with the same optimizer, precision, ranks and ZeRO stage; "
+                "set these back, or start anew with checkpoint.resume=never"
+            )
+
+
+def write_problem(error: Exception) -> str | None:
+    """Why a checkpoint was not written, in a few words; None: the error is about something else.
+
+    An error that another rank met is one, whatever it was: that rank tells more.
+    """
+    said = " ".join(str(error).split())
+    # Of torch's own writer, which does not know why.
+    of_torch = "PytorchStreamWriter" in said or "inline_container" in said
+    known = isinstance(error, OSError | SafetensorError | FailedElsewhere | FloatingPointError)
+    if not of_torch and not known:
+        return None
+    if os.strerror(errno.ENOSPC).lower() in said.lower():
+        return "no space left"
+    return said
 
 
 def write_whole(folder: Path, whole: WholeState) -> None:

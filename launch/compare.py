@@ -28,10 +28,11 @@ import yaml
 from adaptive.flops import planned_flops
 from adaptive.metric_log import read_metrics
 from launch.checkpoints import find_checkpoint, load_model, read_state
-from launch.config import RunConfig, load_config
+from launch.config import RunConfig, load_config, load_saved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.options import check_counts, refuse_empty_values
 from launch.preflight import check_run, meta_model
+from launch.run_folder import free_name, only_run_in
 from launch.tasks import Task, task_class
 from launch.train import __file__ as TRAIN
 from launch.validation import validated
@@ -174,9 +175,16 @@ def plan_runs(comparison: Comparison, folder: Path) -> list[Run]:
             every = max(steps // comparison.points, 1)
             words += [f"train.steps={steps}", f"train.evaluate_every={every}"]
             config = load_config(recipe, words)
-            check_run(config, ranks=1)
+            check_run(_beginning(config), ranks=1)
             runs.append(Run(arm, seed, config, ["--config", str(recipe), *words]))
     return runs
+
+
+def _beginning(config: RunConfig) -> RunConfig:
+    """The run without what its folder holds: a changed one starts in an empty folder."""
+    checkpoint = config.checkpoint
+    resume = "never" if checkpoint.resume == "auto" else checkpoint.resume
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(checkpoint, resume=resume))
 
 
 def steps_within(config: RunConfig, operations: float) -> int:
@@ -205,22 +213,27 @@ def finish(run: Run, *, threads: int) -> dict[str, Any] | None:
         outcome: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
         if outcome["config"] == run.config.resolved():
             return outcome
-        # Of another configuration: it must not be continued.
-        run.result.unlink()
-        run = dataclasses.replace(run, words=[*run.words, "checkpoint.resume=never"])
+    if _holds_another(run):
+        try:
+            earlier = _set_aside(run.folder)
+        except BadInput as error:  # it is being trained
+            print(error, flush=True)
+            return None
+        print(f"{run.folder}: was trained with another configuration, is now {earlier}", flush=True)
     print(f"{run.arm} seed {run.seed}: {run.config.train.steps} steps", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     begun = time.perf_counter()
-    with open(run.folder / "log.txt", "w", encoding="utf-8") as log:
+    with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
         command = [sys.executable, TRAIN, *run.words]
         code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+    seconds = _add_leg(run, time.perf_counter() - begun)
     if code or not _is_complete(run):
         return None
     outcome = {
         "arm": run.arm,
         "seed": run.seed,
-        "seconds": round(time.perf_counter() - begun, 1),
+        "seconds": round(seconds, 1),
         **measure(run),
         "config": run.config.resolved(),
     }
@@ -228,10 +241,37 @@ def finish(run: Run, *, threads: int) -> dict[str, Any] | None:
     return outcome
 
 
+def _holds_another(run: Run) -> bool:
+    """Whether the run's folder has something that this run must not continue."""
+    if not (run.folder / "run.yaml").is_file():
+        return run.result.is_file()
+    try:
+        return load_saved(run.folder) != run.config
+    except BadInput:  # of another version
+        return True
+
+
+def _set_aside(folder: Path) -> Path:
+    with only_run_in(folder):
+        return folder.rename(free_name(folder.with_name(f"{folder.name}-earlier")))
+
+
+def _add_leg(run: Run, seconds: float) -> float:
+    """Seconds that the run took until now; a leg that was killed with this program is not in it."""
+    path = run.folder / "seconds.json"
+    legs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    legs.append(round(seconds, 1))
+    path.write_text(json.dumps(legs), encoding="utf-8")
+    return float(sum(legs))
+
+
 def _is_complete(run: Run) -> bool:
-    """Whether the run went to its end; one that was asked to stop has also exited 0."""
+    """Whether the run took its steps, not fewer (one that was asked to stop exits 0) nor more."""
     steps = sum(config.train.steps for config in run.config.phase_configs())
-    return read_state(find_checkpoint(run.folder)).step >= steps
+    taken = read_state(find_checkpoint(run.folder)).step
+    if taken != steps:
+        print(f"{run.folder}: is at step {taken}, {steps} are planned", flush=True)
+    return taken == steps
 
 
 def measure(run: Run) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,47 @@ def whole_moments(folder: Path) -> dict[str, Tensor]:
                 tensor = saved["param"] if isinstance(saved, dict) else saved
                 moments[f"{kind}/{name}"] = tensor.float().reshape(shape).clone()
     return moments
+
+
+@contextmanager
+def write_errors_last(deepspeed_engine: Any, folder: Path) -> Iterator[None]:
+    """Raise what this rank's files in `folder` met after a save, not amid its collectives.
+
+    The other ranks would wait for this one in DeepSpeed's last barrier.
+    """
+    errors: list[Exception] = []
+
+    def attempted(write: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return write(*args, **kwargs)
+            except Exception as error:
+                errors.append(_cause(error, folder))
+
+        return attempt
+
+    files = deepspeed_engine.checkpoint_engine
+    writers = [(files, "makedirs"), (files, "save"), (deepspeed_engine, "_copy_recovery_script")]
+    for owner, name in writers:
+        setattr(owner, name, attempted(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name in writers:
+            delattr(owner, name)  # the method of the class stands behind it
+    if errors:
+        raise errors[0]
+
+
+def _cause(error: Exception, folder: Path) -> Exception:
+    """What the system says, where torch's writer ("unexpected pos 128 vs 0") does not know why."""
+    if isinstance(error, RuntimeError):
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder) as probe:
+                probe.write(bytes(1 << 20))
+        except OSError as cause:
+            return cause
+    return error
 
 
 def _convert(source: Path, out: Path) -> None:

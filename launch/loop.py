@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,23 +24,28 @@ from launch.checkpoints import (
     WEIGHTS,
     RunState,
     WholeState,
+    check_moments_fit,
     first_difference,
     read_state,
     read_whole,
     save_tensors,
+    shard_format,
     weight_shapes,
     write_description,
+    write_problem,
     write_whole,
 )
 from launch.config import RunConfig, load_saved
 from launch.engine import Engine
-from launch.engine_shards import TAG
+from launch.engine_shards import TAG, write_errors_last
 from launch.errors import BadInput
 from launch.optimizer import learning_rate_at
 from launch.ranks import StopRequest, is_first
 from launch.tasks import Batch, Task
-from parallel.checkpoint import save_atomically
+from parallel.checkpoint import newest_intact, save_atomically, step_of, together
 from parallel.mesh import Mesh
+
+Tensors = dict[str, Tensor]
 
 
 class RunFailed(RuntimeError):  # noqa: N818 -- named for what it says to the user
@@ -179,19 +185,43 @@ class Loop:
         )
 
     def save(self) -> Path:
-        """Write a checkpoint of where the run is. Collective."""
+        """Write a checkpoint of where the run is. Collective.
+
+        Raises:
+            RunFailed: on every rank, when one could not write or weights are not finite; the
+                checkpoints before stay.
+        """
 
         def write(folder: Path) -> None:
             weights = self.engine.full_weights()
             shared = self.task.shared_state(self.engine)
-            if is_first():
-                save_tensors(weights, folder / WEIGHTS)
-                if shared:
-                    save_tensors(shared, folder / TASK_STATE)
-                write_description(folder, self.state, self.config)
-            self.engine.save(folder)
+            # Rank 0 may fail here, and the engine's part has collectives.
+            together(lambda: self._describe(folder, weights, shared) if is_first() else None)
+            with write_errors_last(self.engine._engine, folder):
+                self.engine.save(folder)
 
-        return save_atomically(self.root, self.state.step, write, keep=self.config.checkpoint.keep)
+        step, keep = self.state.step, self.config.checkpoint.keep
+        try:
+            return save_atomically(self.root, step, write, keep=keep)
+        except (OSError, RuntimeError, SafetensorError, FloatingPointError) as error:
+            reason = write_problem(error)
+            if reason is None:
+                raise
+            newest = newest_intact(self.root, checksums=False)
+            left = "there is none" if newest is None else f"newest is step {step_of(newest)}"
+            raise RunFailed(
+                f"{self.config.output}: {reason} (checkpoint of step {step} not written; {left})"
+            ) from error
+
+    def _describe(self, folder: Path, weights: Tensors, shared: Tensors) -> None:
+        """Rank 0's part of a checkpoint: all that is not the engine's."""
+        for name, _ in self.engine.named_parameters():
+            if not weights[name].isfinite().all():
+                raise FloatingPointError(f"weights are not finite, first of {name}")
+        save_tensors(weights, folder / WEIGHTS)
+        if shared:
+            save_tensors(shared, folder / TASK_STATE)
+        write_description(folder, self.state, self.config)
 
     def load(self, folder: Path, *, moments: bool = True) -> None:
         """Continue from a checkpoint, of any ranks and ZeRO stage. Collective.
@@ -203,12 +233,17 @@ class Loop:
         At the beginning of a phase the task may fit the state to another model (`Task.adapt`).
 
         Raises:
-            BadInput: it is of another model; names the first parameter that differs.
+            BadInput: it is of another model (names the first parameter that differs), or of an
+                optimizer whose moments this run's does not have.
         """
         saved = read_state(folder)
         sharded = (folder / TAG).is_dir() and moments
         same = saved.ranks == dist.get_world_size() and saved.zero_stage == self.engine.zero_stage
-        same = same and load_saved(folder).parallel == self.config.parallel
+        writer = load_saved(folder)
+        same = same and writer.parallel == self.config.parallel
+        same = same and shard_format(writer) == shard_format(self.config)
+        if moments and not same:
+            check_moments_fit(writer, self.config, folder)
         fits = first_difference(self._shapes, weight_shapes(folder)) is None
         if fits and sharded and same:
             self.engine.load(folder)

@@ -15,9 +15,10 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,12 +30,13 @@ from launch.arguments import parse
 from launch.checkpoints import RunState, read_state
 from launch.config import RunConfig, save_resolved
 from launch.engine import Engine
-from launch.errors import exit_on_bad_input
+from launch.errors import BadInput, exit_on_bad_input
 from launch.loop import Loop, RunFailed
 from launch.optimizer import learning_rate_at
-from launch.preflight import check_continues, check_run, starting_checkpoint
+from launch.preflight import check_continues, check_run
 from launch.progress import Progress, farewell
 from launch.ranks import StopRequest, is_first, join_ranks
+from launch.run_folder import how_to_continue, only_run_in, where_to_start
 from launch.tasks import task_class
 from parallel.mesh import Mesh
 
@@ -59,15 +61,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(config: RunConfig) -> None:
     """Train all phases, from the newest checkpoint or from nothing."""
-    begun = time.perf_counter()
     device = join_ranks()
+    with ExitStack() as held:
+        source = _agreed(lambda: _begin(config, held))
+        _run_phases(config, source, device)
+
+
+def _begin(config: RunConfig, held: ExitStack) -> Path | None:
+    """Take the run's folder, until `held` ends; the checkpoint to start from."""
+    output = Path(config.output)
+    held.enter_context(only_run_in(output))
+    source = where_to_start(config)
+    save_resolved(config, output / "run.yaml")
+    return source
+
+
+def _run_phases(config: RunConfig, source: Path | None, device: torch.device) -> None:
+    """Train all phases from a checkpoint; say where everything is."""
+    begun = time.perf_counter()
     mesh = Mesh.create(**vars(config.parallel))
     stop = StopRequest()
-    output = Path(config.output)
-    if is_first():
-        output.mkdir(parents=True, exist_ok=True)
-        save_resolved(config, output / "run.yaml")
-    source = _agreed(starting_checkpoint(config) if is_first() else None)
     state = RunState()
     if source is not None:
         check_continues(config, source)
@@ -95,12 +108,12 @@ def run(config: RunConfig) -> None:
     if is_first():
         assert source is not None
         if stopped:
-            print(f"stopped at step {state.step} as asked; the same command continues", flush=True)
+            print(f"stopped at step {state.step} as asked; {how_to_continue(config)}", flush=True)
         task = task_class(config.task)(config, mesh=mesh, device=device)
         print(
             farewell(
                 checkpoint=source,
-                output=output,
+                output=Path(config.output),
                 tensorboard=config.monitor.tensorboard,
                 sample=task.sample_command(source),
                 seconds=time.perf_counter() - begun,
@@ -209,11 +222,23 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _agreed(path: Path | None) -> Path | None:
-    """What rank 0 found, on every rank."""
-    box = [path]
+def _agreed(find: Callable[[], Path | None]) -> Path | None:
+    """What rank 0 finds, on every rank.
+
+    Raises:
+        BadInput: on every rank, when rank 0 meets bad input.
+    """
+    box: list[Any] = [None, None]
+    if is_first():
+        try:
+            box[0] = find()
+        except (BadInput, OSError) as error:
+            box[1] = str(error)
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    path, problem = box
+    if problem is not None:
+        raise BadInput(problem)
+    return None if path is None else Path(path)
 
 
 if __name__ == "__main__":

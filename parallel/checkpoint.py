@@ -4,6 +4,7 @@
         …                          whatever the writer put there, by any rank
         manifest.json              size and SHA-256 of every file; written last
     ROOT/.writing-step-00000180/   one being written, or left behind by a killed run
+    ROOT/stale-step-00000360/      of a line that was left: a checkpoint below it was written later
 
 A folder without a manifest, or whose files disagree with it, is not a checkpoint.
 """
@@ -16,13 +17,23 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
+Entries = dict[str, dict[str, int | str]]
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
 _WRITING = ".writing-"
+_REMOVED = ".removed-"
+_STALE = "stale-"
+# A rank that failed waits this long for the others, then ends, so that the launcher ends them.
+_PATIENCE = timedelta(seconds=60)
 
 
 def save_atomically(
@@ -41,39 +52,85 @@ def save_atomically(
         root: folder of the run's checkpoints.
         step: steps taken.
         write: called on every rank with the folder to write into.
-        keep: newest checkpoints that stay; None: all.
+        keep: checkpoints that stay, this one and the nearest below it; those above it are of a line
+            that was left, or damaged, and are set aside as `stale-…`. None: all stay.
         group: the ranks that write; None: all ranks, or one process without a process group.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        OSError: what writing raised, on the rank where it happened; the others raise RuntimeError.
+        OSError: or whatever writing raised, on the rank where it happened.
+        FailedElsewhere: on the other ranks. Nothing of this checkpoint stays, the ones before do.
+            A rank that waits in a collective of `write` itself is not reached: a `write` of
+            several parts puts each that can fail on one rank alone inside `together`.
     """
     final = root / f"{_PREFIX}{step:08d}"
     writing = root / f"{_WRITING}{final.name}"
     rank, size = _rank_and_size(group)
-    if rank == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    _barrier(group)
-    write(writing)
-    _barrier(group)
-    # Every rank reads back a part of the files: checksums of large shards take time.
-    files = sorted(p for p in writing.rglob("*") if p.is_file())
-    entries = {p.relative_to(writing).as_posix(): _entry(p) for p in files[rank::size]}
-    merged = _gathered(entries, group)
-    if rank == 0:
-        _write_synced(writing / MANIFEST, json.dumps({"step": step, "files": merged}, indent=1))
-        for folder in {p.parent for p in files} | {writing}:
-            _sync(folder)
-        shutil.rmtree(final, ignore_errors=True)
-        writing.rename(final)
-        _sync(root)
-        if keep is not None:
-            _prune(root, keep)
+    try:
+        together(lambda: _make_empty(writing) if rank == 0 else None, group=group)
+        together(lambda: write(writing), group=group)
+        # Every rank reads back a part of the files: checksums of large shards take time.
+        entries = together(lambda: _entries(writing, rank, size), group=group)
+        merged = _gathered(entries, group)
+        together(lambda: _finish(writing, final, merged) if rank == 0 else None, group=group)
+    except Exception:
+        if rank == 0:
+            shutil.rmtree(writing, ignore_errors=True)
+        raise
+    if rank == 0 and keep is not None:
+        try:
+            _prune(final, keep)
+        except OSError as error:  # the new one is there all the same
+            warnings.warn(f"{root}: old checkpoints stay, {error}", stacklevel=2)
     _barrier(group)
     return final
+
+
+class FailedElsewhere(RuntimeError):  # noqa: N818 -- named for what it says
+    """Another rank could not do its part; the message names it and what it met."""
+
+
+def together(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
+    """`action()`, if no rank's fails. Collective; in place of a barrier behind the action.
+
+    Raises:
+        FailedElsewhere: on every rank whose own action did not raise, when another rank's did.
+    """
+    try:
+        result = action()
+    except Exception as error:
+        # This rank's own error, whatever becomes of the others.
+        with suppress(RuntimeError):
+            _first_failure(error, group)
+        raise
+    failure = _first_failure(None, group)
+    if failure is not None:
+        raise FailedElsewhere(failure)
+    return result
+
+
+def _first_failure(error: Exception | None, group: dist.ProcessGroup | None) -> str | None:
+    """The first rank that failed and why; None: none did."""
+    if not dist.is_initialized():
+        return None
+    rank, size = _rank_and_size(group)
+    device = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
+    # The lowest rank that failed has the largest mark.
+    mark = torch.tensor([0 if error is None else size - rank], device=device)
+    work = dist.all_reduce(mark, dist.ReduceOp.MAX, group=group, async_op=True)
+    if error is None:
+        work.wait()
+    else:
+        work.wait(_PATIENCE)
+    first = size - int(mark)
+    if first == size:
+        return None
+    box = [str(error)]
+    source = first if group is None else dist.get_global_rank(group, first)
+    dist.broadcast_object_list(box, src=source, group=group)
+    return f"rank {first}: {box[0]}"
 
 
 def problem_with(folder: Path, *, checksums: bool = True) -> str | None:
@@ -117,6 +174,20 @@ def newest_intact(root: Path, *, checksums: bool = True) -> Path | None:
     return None
 
 
+def set_aside_above(folder: Path) -> list[Path]:
+    """Rename the checkpoints of later steps beside `folder` to `stale-…`: nothing takes them then.
+
+    Returns:
+        Their new names, which can still be read by whoever asks for one.
+    """
+    aside = []
+    for above in sorted(p for p in _checkpoints(folder.parent) if p.name > folder.name):
+        target = above.with_name(f"{_STALE}{above.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        aside.append(above.rename(target))
+    return aside
+
+
 def step_of(folder: Path) -> int:
     """The step that a checkpoint was made at."""
     return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"])
@@ -127,13 +198,45 @@ def _checkpoints(root: Path) -> Iterator[Path]:
         yield from (p for p in root.glob(f"{_PREFIX}*") if p.is_dir())
 
 
-def _prune(root: Path, keep: int) -> None:
+def _prune(newest: Path, keep: int) -> None:
+    """Leave `newest`, just written, and the `keep - 1` below it; it is newest whatever its step."""
+    root = newest.parent
+    set_aside_above(newest)
     for folder in sorted(_checkpoints(root))[:-keep]:
-        # Renamed first, so that a kill in between leaves no half checkpoint.
-        doomed = folder.with_name(f"{_WRITING}{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(_hidden(folder), ignore_errors=True)
+    for left_behind in root.glob(f"{_REMOVED}*"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+
+
+def _hidden(folder: Path) -> Path:
+    """New name of a folder to be removed: a kill in between leaves no half checkpoint."""
+    hidden = folder.with_name(f"{_REMOVED}{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(hidden)
+    return hidden
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _finish(writing: Path, final: Path, entries: Entries) -> None:
+    """Write the manifest and give the folder its name."""
+    step = int(final.name.removeprefix(_PREFIX))
+    _write_synced(writing / MANIFEST, json.dumps({"step": step, "files": entries}, indent=1))
+    for folder in {(writing / name).parent for name in entries} | {writing}:
+        _sync(folder)
+    older = _hidden(final)
+    writing.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def _entries(folder: Path, rank: int, size: int) -> Entries:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): _entry(p) for p in files[rank::size]}
 
 
 def _entry(path: Path) -> dict[str, int | str]:
@@ -176,11 +279,9 @@ def _barrier(group: dist.ProcessGroup | None) -> None:
         dist.barrier(group)
 
 
-def _gathered(
-    entries: dict[str, dict[str, int | str]], group: dist.ProcessGroup | None
-) -> dict[str, dict[str, int | str]]:
+def _gathered(entries: Entries, group: dist.ProcessGroup | None) -> Entries:
     if not dist.is_initialized():
         return entries
-    parts: list[dict[str, dict[str, int | str]]] = [{} for _ in range(dist.get_world_size(group))]
+    parts: list[Entries] = [{} for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(parts, entries, group=group)
     return {name: entry for part in parts for name, entry in sorted(part.items())}

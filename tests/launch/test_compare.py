@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from launch.compare import held_out_loss, load_comparison, main, plan_runs
+from launch.checkpoints import (
+    RunState,
+    find_checkpoint,
+    load_model,
+    read_state,
+    write_description,
+)
+from launch.compare import Run, finish, held_out_loss, load_comparison, main, plan_runs
+from launch.config import save_resolved
 from launch.errors import BadInput
+from launch.tasks import task_class
+from parallel.checkpoint import save_atomically
+from parallel.mesh import Mesh
 from tests.distributed.runs import tiny_config, write_text
 
 
@@ -59,6 +73,79 @@ def test_arms_get_equal_executed_operations_and_finished_runs_are_kept(
     main([str(comparison)])
     assert "seed 0:" not in capsys.readouterr().out
     assert json.loads((comparison.parent / "results" / "table.json").read_text()) == numbers
+
+
+def one_arm(comparison: Path, *overrides: str) -> Run:
+    changed = load_comparison(
+        comparison, ["arms={dense: [checkpoint.keep=1, model.mixture_of_depths=null]}", *overrides]
+    )
+    return plan_runs(changed, comparison.parent)[0]
+
+
+def test_a_changed_arm_is_measured_alone(
+    comparison: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = one_arm(comparison, "operations=4e8")
+    short = one_arm(comparison, "operations=2e8")
+    first, second = finish(long, threads=1), finish(short, threads=1)
+    assert first is not None
+    assert second is not None
+    assert second["steps"] == short.config.train.steps < first["steps"]
+    assert second["executed_flops"] == pytest.approx(second["curve"][-1][0])
+    model, _ = load_model(short.folder)
+    task = task_class(short.config.task)(
+        short.config, mesh=Mesh.single(), device=torch.device("cpu")
+    )
+    # Under the arm's own key: its weights and its curve are of one run.
+    assert held_out_loss(model, task) == pytest.approx(second["validation_loss"], abs=1e-5)
+    earlier = short.folder.with_name(f"{short.folder.name}-earlier-1")
+    assert read_state(find_checkpoint(earlier)).step == first["steps"]
+    assert f"is now {earlier}" in capsys.readouterr().out
+    # Another model, too, is no checkpoint that the plan would have to refuse.
+    assert one_arm(comparison, "operations=2e8", "common=[model.ffn_dim=64]").words
+
+
+def test_an_interrupted_run_goes_on_only_with_the_same_configuration(
+    comparison: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = one_arm(comparison, "operations=2e8", "common=[checkpoint.every=1]")
+    steps = run.config.train.steps
+    starts = []
+
+    def interrupted(command: list[str], **_: Any) -> Any:
+        """What a run leaves that was asked to stop after its first step."""
+        starts.append(read_steps(run.folder))
+        reached = 1 if len(starts) < 3 else steps
+        write_state(run, reached)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("launch.compare.subprocess.run", interrupted)
+    monkeypatch.setattr("launch.compare.measure", lambda _: {"steps": steps})
+    assert finish(run, threads=1) is None
+    changed = one_arm(
+        comparison, "operations=2e8", "common=[checkpoint.every=1, train.learning_rate=1e-4]"
+    )
+    run = changed  # of which `interrupted` leaves checkpoints from now on
+    assert finish(changed, threads=1) is None
+    assert f"is at step 1, {steps} are planned" in capsys.readouterr().out
+    assert finish(changed, threads=1) is not None
+    # The other learning rate began in an empty folder, the same one continued.
+    assert starts == [0, 0, 1]
+    assert len(json.loads((changed.folder / "seconds.json").read_text())) == 2
+
+
+def read_steps(folder: Path) -> int:
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    return read_state(found[-1]).step if found else 0
+
+
+def write_state(run: Run, step: int) -> None:
+    save_atomically(
+        run.folder / "checkpoints",
+        step,
+        lambda folder: write_description(folder, RunState(step=step), run.config),
+    )
+    save_resolved(run.config, run.folder / "run.yaml")
 
 
 def test_a_comparison_that_cannot_run_is_one_line(comparison: Path) -> None:
@@ -118,11 +205,7 @@ def test_a_file_that_is_no_comparison_is_one_line(
 
 
 def test_held_out_loss_counts_every_row_once(tmp_path: Path) -> None:
-    import torch
-
     from launch.config import from_mapping
-    from launch.tasks import task_class
-    from parallel.mesh import Mesh
 
     write_text(tmp_path)
     config = from_mapping(tiny_config(tmp_path, data={"validation_rows": 11}))

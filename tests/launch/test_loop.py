@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,69 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(folder: Path)
     assert run_ranks(fail, 2, tree, timeout=60) == ["the loss is not finite: training stopped"] * 2
     model, _ = load_model(tree["output"])
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_weights_that_are_not_finite_are_not_saved(stage: int, folder: Path) -> None:
+    output = folder / f"weights-{stage}"
+    tree = tiny_config(
+        folder,
+        output=str(output),
+        train={"steps": 1, "learning_rate": float("inf"), "gradient_clip": 0},
+        checkpoint={"every": 1},
+        deepspeed={"zero_optimization": {"stage": stage}},
+    )
+    said = run_ranks(fail, 2, tree, timeout=60)
+    assert said[0] == (
+        f"{output}: weights are not finite, first of embedding.weight "
+        "(checkpoint of step 1 not written; there is none)"
+    )
+    assert not list((output / "checkpoints").iterdir())
+
+
+def fill_disk(tree: dict[str, Any], what: str) -> str:
+    """A run whose disk is full from its second checkpoint on, for one rank's files."""
+    import deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine as shards
+    import torch.distributed as dist
+
+    import launch.loop
+
+    def full(write: Any, rank: int) -> Any:
+        def attempt(content: Any, path: Any) -> None:
+            if dist.get_rank() == rank and "step-00000004" in str(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            write(content, path)
+
+        return attempt
+
+    if what == "weights":
+        launch.loop.save_tensors = full(launch.loop.save_tensors, 0)
+    else:
+        engine = shards.TorchCheckpointEngine
+        whole = engine.save
+        engine.save = lambda self, state_dict, path: full(  # type: ignore[method-assign]
+            lambda content, at: whole(self, content, at), 1
+        )(state_dict, path)
+    return fail(tree)
+
+
+@pytest.mark.parametrize("what", ["weights", "shards"])
+def test_a_full_disk_ends_the_run_in_one_line_with_the_checkpoint_before(
+    what: str, folder: Path
+) -> None:
+    output = folder / f"full-{what}"
+    tree = tiny_config(
+        folder,
+        output=str(output),
+        train={"steps": 6},
+        checkpoint={"every": 2, "keep": 1},
+        deepspeed={"zero_optimization": {"stage": 1}},
+    )
+    said = run_ranks(fill_disk, 2, tree, what, timeout=40)
+    line = f"{output}: no space left (checkpoint of step 4 not written; newest is step 2)"
+    assert said == [line] * 2
+    assert [p.name for p in (output / "checkpoints").iterdir()] == ["step-00000002"]
+    assert read_state(find_checkpoint(output)).step == 2
 
 
 def states(tree: dict[str, Any]) -> RunState:
