@@ -206,8 +206,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def shard_format(config: RunConfig) -> tuple[bool, bool, str]:
     """What DeepSpeed's shards depend on besides ranks and ZeRO stage: bf16, fp16, optimizer."""
     settings = config.deepspeed
-    bf16, fp16 = (bool((settings.get(key) or {}).get("enabled")) for key in ("bf16", "fp16"))
-    return bf16, fp16, (settings.get("optimizer") or {}).get("type", "").lower()
+    bf16, older_name, fp16 = (
+        bool((settings.get(key) or {}).get("enabled")) for key in ("bf16", "bfloat16", "fp16")
+    )
+    return bf16 or older_name, fp16, (settings.get("optimizer") or {}).get("type", "").lower()
 
 
 def check_moments_fit(writer: RunConfig, reader: RunConfig, folder: Path) -> None:

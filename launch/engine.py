@@ -313,7 +313,7 @@ def engine_settings(
                 f"deepspeed.{key}={given[key]}: contradicts {value}, which follows from "
                 f"{_OURS[key]}; leave it out or set that"
             )
-    half = any(given.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+    half = any(given.get(key, {}).get("enabled") for key in ("bf16", "bfloat16", "fp16"))
     if half and not int(given.get("zero_optimization", {}).get("stage", 0)):
         # DeepSpeed 0.19 then steps with FP16_UnfusedOptimizer: after one step of AdamW with
         # clipping the loss fell by 0.080, by 0.119 in float32 and in bf16 at every other stage.

@@ -77,9 +77,11 @@ def check_continues(config: RunConfig, source: Path) -> None:
     try:
         check_same_model(meta_model(phase), source)
     except BadInput as error:
-        raise BadInput(
-            f"{error}; start anew with checkpoint.resume=never or another output="
-        ) from None
+        advice = "start anew with checkpoint.resume=never or another output="
+        if config.checkpoint.resume not in ("auto", "never"):
+            # Anew, it would train without the weights that it is to start from.
+            advice = "train it with the configuration beside it: launch.start --config …/run.yaml"
+        raise BadInput(f"{error}; {advice}") from None
 
 
 def meta_model(config: RunConfig, mesh: Mesh | None = None) -> nn.Module:

@@ -148,9 +148,10 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between checkpoints; 0: at the end (and on SIGTERM) only.
-        keep: newest checkpoints that are kept.
+        keep: checkpoints that are kept: the one written last and the nearest below it.
         resume: "auto" continues from the newest intact checkpoint of OUTPUT, "never" starts anew,
-            a path continues from that checkpoint.
+            a path starts from that checkpoint, or continues the run that the same configuration
+            started from it.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID

@@ -19,6 +19,12 @@ from adaptive.ops.cross_entropy import cross_entropy
 BLOCK = 1 << 18
 
 
+@pytest.fixture(autouse=True)
+def no_backend_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is torch's and liger's."""
+    monkeypatch.delenv("ADAPTIVE_BACKEND", raising=False)
+
+
 def draw(tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, targets and weights of the losses."""
     generator = torch.Generator().manual_seed(tokens + vocabulary)
