@@ -39,12 +39,15 @@ RECIPE = {
 }
 
 
-def start(arguments: list[str]) -> tuple[str, str]:
+def start(arguments: list[str], rate: float | None = None) -> tuple[str, str]:
     """Why a run on this rank failed ("" if it did not), and everything it printed."""
     printed, failure = io.StringIO(), ""
+    config = load_config(arguments[0], arguments[1:])
+    if rate is not None:  # that no configuration allows
+        object.__setattr__(config.train, "learning_rate", rate)
     with redirect_stdout(printed), redirect_stderr(printed):
         try:
-            run(load_config(arguments[0], arguments[1:]))
+            run(config)
         except RunFailed as error:
             failure = str(error)
     return failure, printed.getvalue()
@@ -89,8 +92,8 @@ def test_a_resumed_run_leaves_the_log_of_an_undisturbed_one(tmp_path: Path) -> N
 
 def test_an_alarm_is_one_line_and_may_end_the_run(tmp_path: Path) -> None:
     """A learning rate that ruins the model: the loss stops being finite."""
-    train = {**RECIPE["train"], "learning_rate": 1e30, "warmup_steps": 0, "gradient_clip": 0}
-    ((failure, printed),) = run_ranks(start, 1, recipe(tmp_path, train=train))
+    train = {**RECIPE["train"], "warmup_steps": 0, "gradient_clip": 0}
+    ((failure, printed),) = run_ranks(start, 1, recipe(tmp_path, train=train), 1e30)
     assert "not finite" in failure
     alarms = [line for line in printed.splitlines() if line.startswith("alarm at step")]
     assert any("loss/train is nan" in line for line in alarms), printed
