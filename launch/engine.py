@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from launch.checkpoints import OPTIMIZER, WholeState, save_tensors
 from launch.config import RunConfig
-from launch.engine_shards import MOMENTS, TAG, link_moments, set_whole
+from launch.engine_shards import MOMENTS, TAG, link_moments, set_whole, write_errors_last
 from launch.errors import BadInput
 from launch.experts import count_every_expert_once, declare_experts, expert_groups
 from launch.optimizer import audit_groups, parameter_groups
@@ -198,12 +198,13 @@ class Engine:
                 save_tensors(moments, folder / OPTIMIZER)
             return
         info = {"universal_checkpoint_version": 0.2}
-        self._engine.save_checkpoint(
-            str(folder),
-            tag=TAG,
-            client_state={"universal_checkpoint_info": info},
-            save_latest=False,
-        )
+        with write_errors_last(self._engine, folder):
+            self._engine.save_checkpoint(
+                str(folder),
+                tag=TAG,
+                client_state={"universal_checkpoint_info": info},
+                save_latest=False,
+            )
 
     def load(self, folder: Path) -> None:
         """Take back what `save` wrote, with the same ranks and ZeRO stage. Collective."""

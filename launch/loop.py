@@ -37,7 +37,7 @@ from launch.checkpoints import (
 )
 from launch.config import RunConfig, load_saved
 from launch.engine import Engine
-from launch.engine_shards import TAG, write_errors_last
+from launch.engine_shards import TAG
 from launch.errors import BadInput
 from launch.optimizer import learning_rate_at
 from launch.ranks import StopRequest, is_first
@@ -197,8 +197,7 @@ class Loop:
             shared = self.task.shared_state(self.engine)
             # Rank 0 may fail here, and the engine's part has collectives.
             together(lambda: self._describe(folder, weights, shared) if is_first() else None)
-            with write_errors_last(self.engine._engine, folder):
-                self.engine.save(folder)
+            self.engine.save(folder)
 
         step, keep = self.state.step, self.config.checkpoint.keep
         try:
