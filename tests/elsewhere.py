@@ -36,7 +36,7 @@ DEVICE = f"{NAME}:0"
 MIXING = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}
 READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 
-# `x[indices] = 1.0` hands them a tensor on the CPU, which is copied.
+# `x[indices] = 1.0` hands them a single number, on a GPU one on the CPU, which is copied.
 COPYING = {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 
 
@@ -96,7 +96,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], reads: list[str] | None) 
     if there and func not in MIXING and any(x.dim() for x in here):
         shapes = [tuple(x.shape) for x in here]
         raise RuntimeError(f"{func}: tensors on {DEVICE} and on cpu, of shape {shapes}")
-    waits = func in READING or target == "cpu" or (func in COPYING and bool(here))
+    waits = func in READING or target == "cpu" or (func in COPYING and args[2].dim() == 0)
     if there and reads is not None and waits:
         reads.append(_caller(func))
     plain_args, plain_kwargs = pytree.tree_map_only(Elsewhere, lambda x: x.held, (args, kwargs))

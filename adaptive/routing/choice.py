@@ -104,7 +104,8 @@ def expert_choice_packed(
     column_T = column_T - layout.cu_seqlens.long()[sequence_T]
     shape = (layout.batch_size, layout.max_seqlen)
     present_BS = torch.zeros(shape, dtype=torch.bool, device=scores_T.device)
-    present_BS[sequence_T, column_T] = True if valid_T is None else valid_T
+    everyone_T = torch.ones_like(sequence_T, dtype=torch.bool)
+    present_BS[sequence_T, column_T] = everyone_T if valid_T is None else valid_T
     scores_BS = torch.zeros(shape, dtype=scores_T.dtype, device=scores_T.device)
     scores_BS[sequence_T, column_T] = scores_T.detach()
     order_BS = _best_first(scores_BS, present_BS)
