@@ -18,6 +18,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.de
 
 # `x[indices] = 1.0` hands them a single number, on a GPU one on the CPU, which is copied.
 COPYING = {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+
+ROOT = Path(__file__).parents[1]
+OURS = (f"{ROOT}/adaptive/", f"{ROOT}/parallel/")
 
 
 class Elsewhere(Tensor):
@@ -119,12 +123,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], reads: list[str] | None) 
 
 def _caller(func: Any) -> str:
     """The operator and the line of ours that called it."""
-    ours = [
-        frame
-        for frame in traceback.extract_stack()
-        if "/adaptive/" in frame.filename or "/parallel/" in frame.filename
-    ]
-    at = f"{ours[-1].filename.split('/', 3)[-1]}:{ours[-1].lineno}" if ours else "the test"
+    stack = traceback.extract_stack()
+    ours = [frame for frame in stack if frame.filename.startswith(OURS)]
+    at = f"{Path(ours[-1].filename).relative_to(ROOT)}:{ours[-1].lineno}" if ours else "the test"
     return f"{func} at {at}"
 
 
