@@ -59,7 +59,7 @@ _VARIABLES = (
     "WORLD_SIZE",
 )
 # What attention sees is [tokens, heads, width]; every other operation, [tokens, width].
-_HEADS = {"varlen_attention", "varlen_cross_attention"}
+_HEADS = {"ring_attention", "varlen_attention", "varlen_cross_attention"}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ CHECKS = (
     "tests/adaptive/ops/test_kernels_pack.py",
     "tests/adaptive/ops/test_kernels_pack_norm.py",
     "tests/adaptive/ops/test_kernels_parameter_attention.py",
+    "tests/adaptive/ops/test_kernels_ring_attention.py",
     "tests/adaptive/ops/test_kernels_routing.py",
     "tests/adaptive/ops/test_kernels_varlen_attention.py",
     "tests/adaptive/blocks/test_static_routing.py",
@@ -68,7 +69,8 @@ def _choices() -> None:
     where = torch.cuda.get_device_name() if cuda else "cpu (no GPU: kernels run interpreted)"
     print(f"kernels on {where}, torch {torch.__version__}")
     for op in operations():
-        shape = (64, 8, 64) if "attention" in op and op.startswith("varlen") else (64, 512)
+        heads = op.endswith("attention") and op != "parameter_attention"
+        shape = (64, 8, 64) if heads else (64, 512)
         said = explain(op, torch.zeros(shape, dtype=dtype, device=device))
         chosen = next(name for name, state in said.items() if state == "chosen")
         others = "; ".join(f"{n}: {s}" for n, s in said.items() if s != "chosen")

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.cost import ring_bytes
-from parallel.ring_blocks import Pair, RingLayout, attend, attend_backward, merge, zigzag_rows
+from parallel.ring_blocks import TORCH, Blocks, merge, wide
+from parallel.ring_layout import Pair, RingLayout, zigzag_rows
 
 __all__ = ["RingLayout", "Scheme", "cheaper_scheme", "ring_attention", "zigzag_rows"]
 
@@ -40,6 +41,7 @@ def ring_attention(
     *,
     keys: RingLayout | None = None,
     scheme: Scheme = "queries",
+    blocks: Blocks = TORCH,
 ) -> Tensor:
     """Softmax attention of this rank's tokens to all tokens of their sequences, on any rank.
 
@@ -48,6 +50,7 @@ def ring_attention(
         layout: who holds which queries.
         keys: who holds which keys and values; None: the queries' own tokens.
         scheme: what travels; the results are the same.
+        blocks: what computes the part of two ranks (`adaptive.ops.ring_attention` chooses).
 
     Returns:
         [t, H, h], scaled by 1/sqrt(h). A collective, backward too.
@@ -59,7 +62,8 @@ def ring_attention(
     if scheme not in ("queries", "keys"):
         raise ValueError(f"scheme={scheme!r}: must be queries or keys")
     function = _QueriesTravel if scheme == "queries" else _KeysTravel
-    return function.apply(q_tHh, k_sGh, v_sGh, layout, layout if keys is None else keys)
+    keys = layout if keys is None else keys
+    return function.apply(q_tHh, k_sGh, v_sGh, layout, keys, blocks)
 
 
 def cheaper_scheme(heads: float, kv_heads: float, head_dim: int, ranks: int) -> Scheme:
@@ -71,106 +75,109 @@ def cheaper_scheme(heads: float, kv_heads: float, head_dim: int, ranks: int) -> 
 class _QueriesTravel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_tHh: Tensor, k_sGh: Tensor, v_sGh: Tensor, layout: RingLayout, keys: RingLayout
+        ctx: Any,
+        q_tHh: Tensor,
+        k_sGh: Tensor,
+        v_sGh: Tensor,
+        layout: RingLayout,
+        keys: RingLayout,
+        blocks: Blocks,
     ) -> Tensor:
         ring = _Ring(layout)
-        own, k, v = _wide(q_tHh), _wide(k_sGh), _wide(v_sGh)
-        held = q_tHh
-        out, lse = torch.zeros_like(own), own.new_full(own.shape[:2], -torch.inf)
+        held, rows = q_tHh, q_tHh.shape[0]
+        out, lse = _nothing(q_tHh)
         for step in range(ring.ranks):
             owner = (ring.rank - step) % ring.ranks
             following = ring.pass_on(held, step)
-            part = attend(_wide(held), k, v, Pair(layout, keys, owner, ring.rank))
+            part = blocks.attend(held, k_sGh, v_sGh, Pair(layout, keys, owner, ring.rank))
             if step:
                 joined = torch.cat([part[0], part[1][..., None]], -1)
-                joined = ring.return_to(owner, joined, own.shape[0], step)
+                joined = ring.return_to(owner, joined, rows, step)
                 part = joined[..., :-1], joined[..., -1]
             out, lse = merge(out, lse, *part)
             held = following()
         ctx.save_for_backward(q_tHh, k_sGh, v_sGh, out, lse)
-        ctx.layout, ctx.keys = layout, keys
+        ctx.layout, ctx.keys, ctx.blocks = layout, keys, blocks
         return out.to(q_tHh.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_tHh: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_tHh: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         layout, keys = ctx.layout, ctx.keys
         ring = _Ring(layout)
-        grad, k_wide, v_wide = _wide(grad_tHh), _wide(k), _wide(v)
-        delta = (grad * out).sum(-1)
+        delta = (wide(grad_tHh) * out).sum(-1)
         # Two messages: the pairs as they are, their sums in 32 bits.
         held = torch.cat([q, grad_tHh.to(q.dtype)], -1)
         held_sums = torch.stack([lse, delta], -1)
         rows = q.shape[0]
         grad_q = torch.zeros_like(out)
-        grad_k, grad_v = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
+        grad_k, grad_v = torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
         for step in range(ring.ranks):
             owner = (ring.rank - step) % ring.ranks
             following, following_sums = ring.pass_on(held, step), ring.pass_on(held_sums, step)
-            q_part, grad_part = _wide(held).chunk(2, -1)
+            q_part, grad_part = held.chunk(2, -1)
             lse_part, delta_part = held_sums.unbind(-1)
-            part_q, part_k, part_v = attend_backward(
-                q_part,
-                grad_part,
-                lse_part,
-                delta_part,
-                k_wide,
-                v_wide,
-                Pair(layout, keys, owner, ring.rank),
+            pair = Pair(layout, keys, owner, ring.rank)
+            part_q, part_k, part_v = ctx.blocks.backward(
+                q_part, grad_part, lse_part, delta_part, k, v, pair
             )
             grad_k, grad_v = grad_k + part_k, grad_v + part_v
             if step:
                 part_q = ring.return_to(owner, part_q, rows, step)
             grad_q = grad_q + part_q
             held, held_sums = following(), following_sums()
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
 class _KeysTravel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_tHh: Tensor, k_sGh: Tensor, v_sGh: Tensor, layout: RingLayout, keys: RingLayout
+        ctx: Any,
+        q_tHh: Tensor,
+        k_sGh: Tensor,
+        v_sGh: Tensor,
+        layout: RingLayout,
+        keys: RingLayout,
+        blocks: Blocks,
     ) -> Tensor:
         ring = _Ring(keys)
-        q = _wide(q_tHh)
         held = torch.cat([k_sGh, v_sGh], -1)
-        out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
+        out, lse = _nothing(q_tHh)
         for step in range(ring.ranks):
             following = ring.pass_on(held, step)
-            k, v = _wide(held).chunk(2, -1)
+            k, v = held.chunk(2, -1)
             owner = (ring.rank - step) % ring.ranks
-            part = attend(q, k, v, Pair(layout, keys, ring.rank, owner))
+            part = blocks.attend(q_tHh, k, v, Pair(layout, keys, ring.rank, owner))
             out, lse = merge(out, lse, *part)
             held = following()
         ctx.save_for_backward(q_tHh, k_sGh, v_sGh, out, lse)
-        ctx.layout, ctx.keys = layout, keys
+        ctx.layout, ctx.keys, ctx.blocks = layout, keys, blocks
         return out.to(q_tHh.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_tHh: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_tHh: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         layout, keys = ctx.layout, ctx.keys
         ring = _Ring(keys)
-        grad, q_wide = _wide(grad_tHh), _wide(q)
-        delta = (grad * out).sum(-1)
+        grad = grad_tHh.to(q.dtype)
+        delta = (wide(grad_tHh) * out).sum(-1)
         held = torch.cat([k, v], -1)
         # What the keys' gradients are so far travels one step behind the keys themselves.
-        sums = torch.zeros_like(_wide(held))
+        sums = torch.zeros_like(wide(held))
         grad_q = torch.zeros_like(out)
         for step in range(ring.ranks):
             following = ring.pass_on(held, step)
             owner = (ring.rank - step) % ring.ranks
-            k_part, v_part = _wide(held).chunk(2, -1)
-            part_q, part_k, part_v = attend_backward(
-                q_wide, grad, lse, delta, k_part, v_part, Pair(layout, keys, ring.rank, owner)
-            )
+            k_part, v_part = held.chunk(2, -1)
+            pair = Pair(layout, keys, ring.rank, owner)
+            part_q, part_k, part_v = ctx.blocks.backward(q, grad, lse, delta, k_part, v_part, pair)
             grad_q = grad_q + part_q
             sums = ring.shift(sums + torch.cat([part_k, part_v], -1), step)
             held = following()
         grad_k, grad_v = sums.chunk(2, -1)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
 class _Ring:
@@ -220,5 +227,7 @@ class _Ring:
         return dist.get_global_rank(self.group, rank % self.ranks)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _nothing(q_tHh: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to no key: zeros, and a log-sum-exp of -inf."""
+    out = torch.zeros_like(wide(q_tHh))
+    return out, out.new_full(out.shape[:2], -torch.inf)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from adaptive.blocks.feed_forward import MakeLinear, SwiGLU
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import pack
+from adaptive.ops.ring_attention import ring_attention
 from adaptive.ops.rms_norm import rms_norm
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.selection import Selection
 from parallel.context import check_heads, heads_to_tokens, repeat_heads, tokens_to_heads
 from parallel.mesh import Mesh
-from parallel.ring import cheaper_scheme, ring_attention
+from parallel.ring import cheaper_scheme
 from parallel.tensor import (
     check_divides,
     column_linear,

@@ -34,6 +34,7 @@ OPERATION_MODULES = (
     "parameter_attention",
     "permute",
     "ranking",
+    "ring_attention",
     "rms_norm",
     "varlen_attention",
 )

@@ -162,11 +162,15 @@ def attention_forward(
     max_queries: int,
     max_keys: int,
     causal: int,
+    part: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output [Q, H, h] and log-sum-exp float32 [H, Q] (-inf where a query sees no key)."""
+    """Output [Q, H, h] and log-sum-exp float32 [H, Q] (-inf where a query sees no key).
+
+    `part`: the output will be merged with that of other keys, and is float32.
+    """
     from adaptive.ops.kernels.varlen_attention import launch
 
-    out, lse_HQ = _attention_outputs(q_QHh)
+    out, lse_HQ = _attention_outputs(q_QHh, part)
     launch(
         q_QHh, k_TGh, v_TGh, out, lse_HQ, q_starts, k_starts, q_positions, k_positions,
         max_queries=max_queries, max_keys=max_keys, causal=causal,
@@ -186,13 +190,16 @@ def _(
     max_queries: int,
     max_keys: int,
     causal: int,
+    part: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _attention_outputs(q_QHh)
+    return _attention_outputs(q_QHh, part)
 
 
-def _attention_outputs(q_QHh: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_outputs(q_QHh: Tensor, part: bool) -> tuple[Tensor, Tensor]:
     queries, heads, _ = q_QHh.shape
-    return q_QHh.new_empty(q_QHh.shape), q_QHh.new_empty(heads, queries, dtype=torch.float32)
+    dtype = torch.float32 if part else q_QHh.dtype
+    out = q_QHh.new_empty(q_QHh.shape, dtype=dtype)
+    return out, q_QHh.new_empty(heads, queries, dtype=torch.float32)
 
 
 @torch.library.custom_op("adaptive::varlen_attention_backward", mutates_args=())
@@ -202,7 +209,7 @@ def attention_backward(
     q_QHh: Tensor,
     k_TGh: Tensor,
     v_TGh: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse_HQ: Tensor,
     q_starts: Tensor,
     k_starts: Tensor,
@@ -211,14 +218,20 @@ def attention_backward(
     max_queries: int,
     max_keys: int,
     causal: int,
+    delta_HQ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v.
+
+    Of a part, where `lse` is that of all keys: `out` is None, `delta` (the sum of out times its
+    gradient, float32 [H, Q]) is of all keys too, and the gradients, to be summed, are float32.
+    """
     from adaptive.ops.kernels.varlen_attention_backward import launch
 
-    grads = _attention_gradients(q_QHh, k_TGh, v_TGh)
+    grads = _attention_gradients(q_QHh, k_TGh, v_TGh, part=delta_HQ is not None)
     launch(
         grad_out, grad_lse, q_QHh, k_TGh, v_TGh, out, lse_HQ, grads, q_starts, k_starts,
         q_positions, k_positions, max_queries=max_queries, max_keys=max_keys, causal=causal,
+        delta_HQ=delta_HQ,
     )  # fmt: skip
     return grads
 
@@ -230,7 +243,7 @@ def _(
     q_QHh: Tensor,
     k_TGh: Tensor,
     v_TGh: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse_HQ: Tensor,
     q_starts: Tensor,
     k_starts: Tensor,
@@ -239,12 +252,14 @@ def _(
     max_queries: int,
     max_keys: int,
     causal: int,
+    delta_HQ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _attention_gradients(q_QHh, k_TGh, v_TGh)
+    return _attention_gradients(q_QHh, k_TGh, v_TGh, part=delta_HQ is not None)
 
 
-def _attention_gradients(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in tensors)
+def _attention_gradients(*tensors: Tensor, part: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float32 if part else tensors[0].dtype
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape, dtype=dtype) for x in tensors)
     return grad_q, grad_k, grad_v
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parallel.mesh import Mesh
-from parallel.ring_blocks import RingLayout
+from parallel.ring_layout import RingLayout
 from parallel.sequence import even_shards
 
 

@@ -14,6 +14,7 @@ from adaptive.routing.layout import TokenLayout
 from parallel import ring_blocks
 from parallel.cost import ring_bytes
 from parallel.ring import RingLayout, Scheme, cheaper_scheme, ring_attention, zigzag_rows
+from parallel.ring_layout import Pair
 from parallel.traffic import Traffic
 from tests.ranks import run_ranks
 
@@ -184,9 +185,9 @@ def test_plain_blocks_of_few_rows_agree_with_fused_ones(
     """What GPUs run, here on the CPU."""
     whole, nobody = TokenLayout.from_lengths((9, 4, 16)), cast(Any, None)
     rows = (whole.positions, whole.sequence_ids)
-    layout = ring_blocks.RingLayout.of(*rows, (12, 17), nobody, causal=causal)
+    layout = RingLayout.of(*rows, (12, 17), nobody, causal=causal)
     q, k, v, grad = (x.split([12, 17]) for x in _whole(29, 2))
-    pair = ring_blocks.Pair(layout, layout, 1, 0)
+    pair = Pair(layout, layout, 1, 0)
 
     def both_ways() -> list[Tensor]:
         out, lse = ring_blocks.attend(q[1], k[0], v[0], pair)

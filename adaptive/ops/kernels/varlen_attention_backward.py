@@ -252,7 +252,8 @@ def _queries(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Also writes delta = <out, grad_out> - grad_lse, which the other kernel reads.
+    # Also writes delta = <out, grad_out> - grad_lse, which the other kernel reads, unless the
+    # caller knows it (out is None).
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     sequence, block = sequence_of(q_starts, sequences, tile, BLOCK_M)
@@ -272,11 +273,14 @@ def _queries(
     )
     at = head * queries + rows
     own = (rows[:, None] * heads + head) * HEAD + h[None, :]
-    o_MH = tl.load(out + own, mask=inside, other=0)
-    delta_M = tl.sum(o_MH.to(tl.float32) * g_MH.to(tl.float32), 1)
-    if grad_lse is not None:
-        delta_M -= tl.load(grad_lse + at, mask=m < q_len, other=0)
-    tl.store(delta + at, delta_M, mask=m < q_len)
+    if out is None:
+        delta_M = tl.load(delta + at, mask=m < q_len, other=0)
+    else:
+        o_MH = tl.load(out + own, mask=inside, other=0)
+        delta_M = tl.sum(o_MH.to(tl.float32) * g_MH.to(tl.float32), 1)
+        if grad_lse is not None:
+            delta_M -= tl.load(grad_lse + at, mask=m < q_len, other=0)
+        tl.store(delta + at, delta_M, mask=m < q_len)
     lse_M = tl.load(lse + at, mask=m < q_len, other=0)
     q_at = m
     if CAUSAL == 2:
@@ -308,7 +312,8 @@ def query_blocks(
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     if head_dim <= 128:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    # Hopper's products take 64 rows; of 32, Triton makes those of the GPUs before.
+    return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
 def key_blocks(
@@ -330,7 +335,7 @@ def launch(
     q_QHh: Tensor,
     k_TGh: Tensor,
     v_TGh: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse_HQ: Tensor,
     grads: tuple[Tensor, Tensor, Tensor],
     q_starts: Tensor,
@@ -341,13 +346,14 @@ def launch(
     max_queries: int,
     max_keys: int,
     causal: int,
+    delta_HQ: Tensor | None = None,
 ) -> None:
     """`adaptive.ops.kernel_operators.attention_backward`, into `grads` of q, k and v."""
     queries, heads, head_dim = q_QHh.shape
     keys, kv_heads, _ = k_TGh.shape
     grad_q, grad_k, grad_v = grads
     q_QHh, k_TGh, v_TGh, grad_out = (head_columns(x) for x in (q_QHh, k_TGh, v_TGh, grad_out))
-    delta_HQ = torch.empty_like(lse_HQ)
+    delta_HQ = torch.empty_like(lse_HQ) if delta_HQ is None else delta_HQ
     starts = (q_starts, k_starts, q_positions, k_positions)
     strides = [s for x in (q_QHh, k_TGh, v_TGh, grad_out) for s in x.stride()[:2]]
     scale = 1 / math.sqrt(head_dim)

@@ -4,7 +4,9 @@
 
 Triton needs a driver only to launch. One that names the target and nothing else is put in its
 place, and every launch becomes a compilation down to machine code. Prints one line a kernel:
-name, shared memory, and with --resources registers and bytes of stack (spills).
+name, shared memory, and with --resources registers, bytes of stack (spills) and instructions: the
+matrix products (wgmma are Hopper's), asynchronous copies of 16 bytes to shared memory, loads of 16
+bytes. Products of 16-bit numbers that are not Hopper's end it with an error.
 """
 
 from __future__ import annotations
@@ -67,7 +69,10 @@ def report(kernel) -> None:
     line = f"{kernel.metadata.name} {shared} bytes"
     if "--resources" in sys.argv:
         line += f" {kernel.metadata.num_warps} warps {resources(kernel.asm['cubin'])}"
+        line += f" {instructions(kernel.asm['ptx'])}"
     print(line, flush=True)
+    low = re.search(r"tt\.dot .*xb?f16", kernel.asm["ttir"])
+    assert not low or "wgmma.mma_async" in kernel.asm["ptx"], f"{line}: products without wgmma"
     assert shared <= SHARED_LIMIT, f"{line}: must be at most {SHARED_LIMIT} bytes"
 
 
@@ -75,6 +80,7 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
     """One forward and backward of every op whose kernels are ours. Values mean nothing here."""
     import torch
 
+    from adaptive.ops.kernel_operators import attention_backward, attention_forward
     from adaptive.ops.kernels import (
         expert_feed_forward,
         grouped_linear,
@@ -112,6 +118,11 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
             q, k, v, queries=asked, keys=None if same else keys
         )
         run(out)
+    # As ranks of a ring compute them: parts of a softmax.
+    parts = q.detach(), k.detach(), v.detach(), asked.cu_seqlens, keys.cu_seqlens
+    where = (*parts[3:], asked.positions, keys.positions, 64, 64, 2)
+    out, lse = attention_forward(*parts[:3], *where, part=True)
+    attention_backward(out.to(dtype), None, *parts[:3], None, lse, *where, delta_HQ=lse)
     for activation in ("l2_norm_gelu", "gelu_l2_norm"):
         tokens = draw(16, width), draw(width, width), draw(width, width)
         run(parameter_attention.parameter_attention(*tokens, scale=1.0, activation=activation))
@@ -123,6 +134,20 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
         experts = draw(8, factor * width, width), draw(8, width, width)
         call = expert_feed_forward.expert_feed_forward
         run(call(draw(16, width), *experts, pairs, rows, draw(16, 2), 2, activation))
+
+
+INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"\bmma\.sync",
+    "copies": r"cp\.async\.cg\S* .*, (?:0x10|16)\b",
+    "loads": r"ld\.global\S*\.v4\.b32",
+}
+
+
+def instructions(ptx: str) -> str:
+    """ "wgmma:n copies:n …", without those that do not occur."""
+    counts = {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
+    return " ".join(f"{name}:{count}" for name, count in counts.items() if count)
 
 
 def resources(cubin: bytes) -> str:
