@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces every profile
 
 import torch
+import torch.distributed as dist
 from torch.autograd.profiler import profile
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,6 +42,23 @@ def interleave(
             _wait()
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def interleave_on_ranks(
+    cases: dict[str, Callable[[], Any]], rounds: int, *, warmup: int = 1
+) -> dict[str, list[float]]:
+    """`interleave` on every rank of a process group: a case lasts as long as its slowest rank."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(warmup + rounds):
+        for name, run in cases.items():
+            dist.barrier()
+            start = time.perf_counter()
+            run()
+            taken = torch.tensor(time.perf_counter() - start)
+            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+            if number >= warmup:
+                seconds[name].append(float(taken))
     return seconds
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths
 from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.routing.layout import TokenLayout
-from benchmarks.measure import median_ratio, medians, save
+from benchmarks.measure import interleave_on_ranks, median_ratio, medians, save
 from launch.machine_probe import probe
 from launch.machines import Machine, between
 from launch.step_time import Demand, LayerShape, layer_demand, ring_demand, seconds
@@ -39,6 +38,7 @@ from parallel.cost import (
 from parallel.mesh import Mesh
 from parallel.ranks import on_ranks
 from parallel.ring import RingLayout, ring_attention, zigzag_rows
+from parallel.ring_order import moved_share
 from parallel.sequence import even_shards
 from parallel.traffic import Traffic
 
@@ -139,7 +139,7 @@ def _measure(seq_len: int, rounds: int) -> tuple[dict[str, dict[str, float]], Ma
         for kind, capacity in (("dense", None), ("routed", CAPACITY)):
             calls[f"{name}, {kind}"] = _layer_call(mesh, seq_len, capacity)
         sent = {case: _sent(call) for case, call in calls.items()}
-        seconds = _timed(calls, rounds)
+        seconds = interleave_on_ranks(calls, rounds)
         times = medians(seconds)
         for case in calls:
             share = CAPACITY if case.endswith("routed") else 1.0
@@ -151,7 +151,7 @@ def _measure(seq_len: int, rounds: int) -> tuple[dict[str, dict[str, float]], Ma
     rings = {
         f"ring, {scheme} travel": _ring_call(seq_len, scheme) for scheme in ("queries", "keys")
     }
-    seconds = _timed(rings, rounds)
+    seconds = interleave_on_ranks(rings, rounds)
     for case, call in rings.items():
         formula = ring_bytes(
             ROWS * seq_len, HEADS, HEADS, HEAD_DIM, ranks, scheme=case.split()[1].rstrip(",")
@@ -210,7 +210,9 @@ def _ring_call(seq_len: int, scheme: Any) -> Any:
 
 def _formula(mesh: Mesh, tokens: int, share: float) -> float:
     if mesh.context > 1:
-        total = context_bytes(mesh, tokens, HEADS, HEADS, HEAD_DIM, share=share)
+        chosen = round(share * tokens / ROWS)
+        moved = moved_share(ROWS, chosen, mesh.context) if mesh.ring else 0.0
+        total = context_bytes(mesh, tokens, HEADS, HEADS, HEAD_DIM, share=share, moved=moved)
         if share < 1:
             total += score_bytes(tokens, mesh.context)
         return total
@@ -234,21 +236,6 @@ def _messages(call: Any) -> int:
     with Traffic() as traffic:
         call()
     return len(traffic.transfers)
-
-
-def _timed(calls: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Interleaved rounds; a round lasts as long as its slowest rank."""
-    seconds: dict[str, list[float]] = {case: [] for case in calls}
-    for number in range(rounds + 1):
-        for case, call in calls.items():
-            dist.barrier()
-            start = time.perf_counter()
-            call()
-            taken = torch.tensor(time.perf_counter() - start)
-            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
-            if number:
-                seconds[case].append(float(taken))
-    return seconds
 
 
 if __name__ == "__main__":

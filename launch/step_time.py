@@ -26,6 +26,7 @@ from launch.machines import Machine
 from parallel import cost
 from parallel.mesh import Mesh
 from parallel.ring import cheaper_scheme
+from parallel.ring_order import moved_share
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def layer_collectives(
     Every sequence has as many chosen tokens, so that they lie evenly where each rank holds whole
     sequences.
     """
-    tokens = rows * seq_len
+    tokens, sequences = rows * seq_len, rows
     routed, here = shape.share < 1, tokens / mesh.context
     uneven = routed and rows % mesh.shards > 0
     # The ranks of a tensor group are consecutive, those of a context group lie `tensor` apart.
@@ -202,19 +203,22 @@ def layer_collectives(
     if mesh.context > 1:
         span = mesh.context * mesh.tensor
         heads = (shape.heads / mesh.tensor, shape.kv_heads / mesh.tensor)
-        rows = cost.context_bytes(
-            mesh, tokens, *heads, shape.head_dim, share=shape.share, size=size
-        )
+        sizes = (tokens, *heads, shape.head_dim)
+        exchanged = cost.context_bytes(mesh, *sizes, share=shape.share, size=size)
+        exchanges = 4
         if mesh.ring:
             scheme = cheaper_scheme(*heads, shape.head_dim, mesh.context)
-            found.append(
-                Collective("context", "send", span, ring_messages(mesh.context, scheme), rows)
+            messages = ring_messages(mesh.context, scheme)
+            found.append(Collective("context", "send", span, messages, exchanged))
+            moved = moved_share(sequences, round(shape.share * seq_len), mesh.context)
+            exchanged = cost.zigzag_bytes(
+                *sizes, mesh.context, moved=moved, share=shape.share, size=size
             )
+            exchanges = 4 if moved else 0
         # Evening out chosen rows: there and back; how many move depends on the choice.
-        exchanges = (0 if mesh.ring else 4) + (4 if uneven else 0)
+        exchanges += 4 if uneven else 0
         if exchanges:
-            sent = 0.0 if mesh.ring else rows
-            found.append(Collective("context", "all_to_all", span, exchanges, sent))
+            found.append(Collective("context", "all_to_all", span, exchanges, exchanged))
     if routed and mesh.shards > 1:
         span = mesh.context * mesh.tensor
         axis = "tensor" if mesh.sequence_parallel else "context"

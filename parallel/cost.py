@@ -77,6 +77,25 @@ def ring_bytes(
     return (ranks - 1) * (rows * (3 * size + 2 * wide) + 3 * scalars * wide)
 
 
+def zigzag_bytes(
+    tokens: int,
+    heads: float,
+    kv_heads: float,
+    head_dim: int,
+    ranks: int,
+    *,
+    moved: float,
+    share: float = 1.0,
+    size: int = 4,
+) -> float:
+    """Rows to where a ring wants them and back: 2 · m · c · T/n · (2H + 2G) · h · size.
+
+    `moved`, m, is the share of rows that change ranks (`parallel.ring_order.moved_share`).
+    """
+    row = (2 * heads + 2 * kv_heads) * head_dim
+    return 2 * moved * share * tokens / ranks * row * size
+
+
 def context_bytes(
     mesh: Mesh,
     tokens: int,
@@ -85,15 +104,18 @@ def context_bytes(
     head_dim: int,
     *,
     share: float = 1.0,
+    moved: float = 0.0,
     size: int = 4,
 ) -> float:
-    """Attention over the context ranks of a mesh: Ulysses, or the ring that sends less."""
+    """Attention over the context ranks of a mesh: Ulysses, or the ring that sends less, with the
+    rows that move before and after it."""
     sizes = (tokens, heads, kv_heads, head_dim, mesh.context)
     if not mesh.ring:
         repeated = kv_heads * mesh.context / math.gcd(round(kv_heads), mesh.context)
         return ulysses_bytes(tokens, heads, repeated, *sizes[3:], share=share, size=size)
     schemes = ("queries", "keys")
-    return min(ring_bytes(*sizes, scheme=s, share=share, size=size) for s in schemes)
+    exchanged = zigzag_bytes(*sizes, moved=moved, share=share, size=size)
+    return exchanged + min(ring_bytes(*sizes, scheme=s, share=share, size=size) for s in schemes)
 
 
 def expert_bytes(tokens: int, dim: int, ranks: int, *, top_k: int, size: int = 4) -> float:

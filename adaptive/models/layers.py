@@ -246,13 +246,20 @@ class Attention(nn.Module):
     def _attend_ring(
         self, q_RHh: Tensor, k_TGh: Tensor, v_TGh: Tensor, layout: TokenLayout, keys: TokenLayout
     ) -> Tensor:
-        """Tokens stay on their context ranks; queries or keys travel round the ring."""
-        mesh, own, others = self.mesh, layout.ring(self.mesh), keys.ring(self.mesh)
-        rank = mesh.context_rank
-        positions = None if keys is layout else others.positions[rank]
-        q_RHh, k_TGh = self._rotate(q_RHh, k_TGh, own.positions[rank], positions)
-        scheme = cheaper_scheme(self.heads, self.kv_heads, self.head_dim, mesh.context)
-        return ring_attention(q_RHh, k_TGh, v_TGh, own, keys=others, scheme=scheme)
+        """Queries or keys travel round the ring; before, rows are evened out for the mask."""
+        own, others = layout.ring(self.mesh), keys.ring(self.mesh)
+        positions = None if keys is layout else others.positions
+        q_RHh, k_TGh = self._rotate(q_RHh, k_TGh, own.positions, positions)
+        if keys is layout:
+            q_RHh, k_TGh, v_TGh = own.there([q_RHh, k_TGh, v_TGh])
+        else:
+            (q_RHh,) = own.there([q_RHh])
+            k_TGh, v_TGh = others.there([k_TGh, v_TGh])
+        scheme = cheaper_scheme(self.heads, self.kv_heads, self.head_dim, self.mesh.context)
+        attended_RHh = ring_attention(
+            q_RHh, k_TGh, v_TGh, own.layout, keys=others.layout, scheme=scheme
+        )
+        return own.back(attended_RHh)
 
     def _rotate(
         self, q_RHh: Tensor, k_TGh: Tensor, positions_R: Tensor, positions_T: Tensor | None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parallel.mesh import Mesh
-from parallel.ring_layout import RingLayout
+from parallel.ring_order import RingOrder
 from parallel.sequence import even_shards
 
 
@@ -54,8 +54,8 @@ class TokenLayout:
         index = torch.arange(self.batch_size, device=lengths.device)
         return torch.repeat_interleave(index, lengths, output_size=self.tokens)
 
-    def ring(self, mesh: Mesh) -> RingLayout:
-        """Who holds which tokens over the context ranks, for ring attention.
+    def ring(self, mesh: Mesh) -> RingOrder:
+        """Where tokens lie over the context ranks in ring attention, and how they get there.
 
         Synchronises with the host at the first call; all layers of a forward share what it made.
         """
@@ -64,7 +64,7 @@ class TokenLayout:
             assert mesh.context_group is not None
             shards = self.shard_sizes or even_shards(self.tokens, mesh.shards)
             sizes = mesh.context_sizes(shards)
-            made = RingLayout.of(self.positions, self.sequence_ids, sizes, mesh.context_group)
+            made = RingOrder.of(self.positions, self.sequence_ids, sizes, mesh.context_group)
             object.__setattr__(self, "_ring", made)
         return made
 
