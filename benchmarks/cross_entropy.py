@@ -6,6 +6,9 @@ vocabularies of Llama 2, GPT-2 and Llama 3. Logits are copied before every call,
 alike, in place of the product that makes them; "copy" is that alone, and the floor of the rest is
 three more passes of its kind: read twice, written once.
 
+Then the same over 2 gloo ranks of one thread that share the vocabulary, against Megatron's, which
+writes its softmax over float32 logits.
+
     python benchmarks/cross_entropy.py [--quick]
 """
 
@@ -14,13 +17,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import interleave, median_ratio, medians, peak_bytes, save
+from measure import (
+    interleave,
+    interleave_on_ranks,
+    median_ratio,
+    medians,
+    peak_bytes,
+    save,
+)
 from torch import Tensor
 
 from adaptive.ops.cross_entropy import cross_entropy
+from parallel.megatron import core
+from parallel.mesh import Mesh
+from parallel.ranks import on_ranks
+from parallel.vocab_cross_entropy import vocab_cross_entropy
 
 SIZES = [(16384, 256), (2048, 32000), (1024, 50257), (512, 128256)]
 
@@ -42,6 +57,38 @@ def step(
         function(leaf.view_as(leaf), targets_T).backward(weights_T)
 
     return run
+
+
+def split(sizes: list[tuple[int, int]], rounds: int) -> dict[str, Any]:
+    """On each rank: its half of the vocabulary."""
+    mesh = Mesh.create(tensor=2)
+    torch.manual_seed(0)
+    theirs = core("tensor_parallel.cross_entropy").vocab_parallel_cross_entropy
+    found = {}
+    for tokens, vocabulary in sizes:
+        own = 3 * torch.randn(tokens, vocabulary // 2)
+        targets_T = torch.randint(vocabulary // 2 * 2, (tokens,))
+        ours = partial(vocab_cross_entropy, mesh=mesh)
+        functions: dict[str, Callable[..., Tensor] | None] = {
+            "copy": None,
+            "Megatron": theirs,
+            "in blocks": ours,
+            "overwriting": partial(ours, overwrite=True),
+        }
+        cases = {name: step(function, own, targets_T) for name, function in functions.items()}
+        seconds = interleave_on_ranks(cases, rounds)
+        rows = {}
+        for name, function in functions.items():
+            rows[name] = {
+                "milliseconds": round(1e3 * medians(seconds)[name], 2),
+                "time_ratio": round(median_ratio(seconds, name, "Megatron"), 3),
+            }
+            for dtype in (torch.float32, torch.bfloat16):
+                peak = peak_bytes(step(function, own.to(dtype), targets_T))
+                held = own.numel() * dtype.itemsize
+                rows[name][f"peak_over_{str(dtype)[6:]}_logits"] = round(peak / held, 2)
+        found[f"T {tokens} V {vocabulary}"] = rows
+    return found
 
 
 def main() -> None:
@@ -72,8 +119,13 @@ def main() -> None:
             }
             print(f"T {tokens} V {vocabulary}  {name:12s}", rows[name], flush=True)
         results[f"T {tokens} V {vocabulary}"] = rows
+    sizes, rounds = ([(8, 100)], 2) if options.quick else (SIZES, 15)
+    shared = on_ranks(split, 2, sizes, rounds, timeout=900)
+    for case, rows in shared.items():
+        for name, row in rows.items():
+            print(f"{case} over 2 ranks  {name:12s}", row, flush=True)
     if not options.quick:
-        save("cross_entropy", {"dtype": "float32", "cases": results})
+        save("cross_entropy", {"dtype": "float32", "cases": results, "two ranks": shared})
 
 
 if __name__ == "__main__":

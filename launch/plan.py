@@ -163,14 +163,10 @@ def micro_batch_demand(
         )
         layer += ring_steps(shape, tokens, mesh, size=size)
         demand += layer.times(4 / 3) if config.recompute else layer
-    # The last norm and the embedding's rows; logits and their softmax, which whole rows need not
-    # keep (ops.cross_entropy) and split ones keep in 32 bits (Megatron's).
+    # The last norm and the embedding's rows; logits, which the loss passes over four times.
     here = tokens / mesh.context
-    of_loss = 4 * size if mesh.tensor == 1 else 8 * 4
-    demand += Demand(
-        passes=20 * config.dim * here * size + of_loss * config.vocab_size / mesh.tensor * here,
-        operators=100,
-    )
+    of_loss = 4 * size * config.vocab_size / mesh.tensor * here
+    demand += Demand(passes=20 * config.dim * here * size + of_loss, operators=100)
     # Embedding and output: one split product together.
     if mesh.tensor > 1:
         rows_sent = cost.tensor_bytes(here, config.dim, mesh.tensor, splits=1, size=size)

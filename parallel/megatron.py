@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 def core(name: str) -> ModuleType:
@@ -113,8 +112,3 @@ def seed(value: int) -> None:
 def fork_rng() -> Any:
     """A context in which random numbers differ between tensor ranks, then continue as before."""
     return core("tensor_parallel.random").get_cuda_rng_tracker().fork()
-
-
-def vocab_parallel_cross_entropy(logits_Tv: Tensor, targets_T: Tensor) -> Tensor:
-    """Cross-entropy, nats [T], of logits split over the vocabulary. Overwrites float32 logits."""
-    return core("tensor_parallel.cross_entropy").vocab_parallel_cross_entropy(logits_Tv, targets_T)

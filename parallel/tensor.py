@@ -219,16 +219,6 @@ def gather_shards(
     return _GatherShards.apply(x_tD, mesh, sizes)
 
 
-def vocab_cross_entropy(logits_Tv: Tensor, targets_T: Tensor, mesh: Mesh) -> Tensor:
-    """Cross-entropy, nats, float32 [T], of logits that `column_linear` left split."""
-    logits_Tv = logits_Tv.float()
-    if mesh.tensor_group is None:
-        return F.cross_entropy(logits_Tv, targets_T, reduction="none")
-    from parallel import megatron
-
-    return megatron.vocab_parallel_cross_entropy(logits_Tv, targets_T)
-
-
 def _linear(in_features: int, out_features: int, std: float) -> nn.Linear:
     # As `skip_init`, which would allocate on the CPU under `torch.device("meta")` too.
     layer = Linear(in_features, out_features, bias=False, device="meta")

@@ -44,8 +44,8 @@ from parallel.tensor import (
     enter_tensor_region,
     gather_columns,
     row_linear,
-    vocab_cross_entropy,
 )
+from parallel.vocab_cross_entropy import vocab_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Decoder(nn.Module):
         logits_Tv = self._split_logits(hidden_TD, layout)
         if self.mesh.tensor_group is None:
             return cross_entropy(logits_Tv, targets_T, overwrite=True)
-        return vocab_cross_entropy(logits_Tv, targets_T, self.mesh)
+        return vocab_cross_entropy(logits_Tv, targets_T, self.mesh, overwrite=True)
 
     def hidden_states(
         self,

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from adaptive.ops.backend import Implementation, choose, refuses_library, register
 from parallel.eager import plain_eager
+from parallel.vocab_cross_entropy import cached_rows
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -46,7 +47,7 @@ class _InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, overwrite: bool) -> Tensor:
         losses_T = torch.empty_like(targets_T, dtype=torch.float32)
-        for rows in _blocks(logits_TV):
+        for rows in cached_rows(logits_TV):
             log_softmax = torch.log_softmax(logits_TV[rows], -1, dtype=torch.float32)
             losses_T[rows] = -log_softmax.gather(1, targets_T[rows, None]).squeeze(1)
         ctx.save_for_backward(logits_TV, targets_T, losses_T)
@@ -58,22 +59,11 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:
         logits_TV, targets_T, losses_T = ctx.saved_tensors
         grad_TV = logits_TV if ctx.overwrite else torch.empty_like(logits_TV)
-        for rows in _blocks(logits_TV):
+        for rows in cached_rows(logits_TV):
             softmax = torch.softmax(logits_TV[rows], -1, dtype=torch.float32)
             softmax.scatter_(1, targets_T[rows, None], torch.expm1(-losses_T[rows, None]))
             grad_TV[rows] = softmax.mul_(grad_T[rows, None])
         return grad_TV, None, None
-
-
-def _blocks(logits_TV: Tensor) -> list[slice]:
-    """Rows whose softmax in 32 bits stays in a cache: 1 MiB of a CPU's, 32 MiB of a GPU's.
-
-    Of 256 KiB, 1 MiB and 4 MiB the second was fastest on a CPU (V 8,192 to 128,000, two threads).
-    """
-    tokens, vocabulary = logits_TV.shape
-    elements = 1 << (23 if logits_TV.is_cuda else 18)
-    step = max(1, elements // max(1, vocabulary))
-    return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
 def _in_blocks(logits_TV: Tensor, targets_T: Tensor, overwrite: bool) -> Tensor:

@@ -45,18 +45,3 @@ def test_forked_generator_differs_between_tensor_ranks_and_the_other_does_not() 
     assert further_1 != inside_1
     torch.manual_seed(7)
     assert outside_0 == torch.rand(3).tolist()
-
-
-def _cross_entropy() -> float:
-    mesh = Mesh.create(tensor=2)
-    logits = torch.arange(24.0).view(3, 8).sin()
-    targets = torch.tensor([1, 7, 4])
-    own = logits[:, 4 * mesh.tensor_rank : 4 * mesh.tensor_rank + 4].clone()
-    losses = megatron.vocab_parallel_cross_entropy(own, targets)
-    whole = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    return float((losses - whole).abs().max())
-
-
-def test_vocab_parallel_cross_entropy_is_that_of_the_whole_vocabulary() -> None:
-    # One float32 rounding of values near 2.
-    assert max(run_ranks(_cross_entropy, 2)) < 1e-6
