@@ -27,7 +27,7 @@ from launch.errors import BadInput
 from launch.tasks import row_generator
 
 _SPLITS = ("train", "validation")
-_FORMAT = 2
+_FORMAT = 3
 _FEW = 20  # fewer documents than this are held out in part, not as a whole
 
 
@@ -143,6 +143,10 @@ class Tokenizer:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
             raise BadInput(f"data.tokenizer={name}: {error}") from None
+        # A tokenizer.json may keep the length that a model was once trained with: documents would
+        # be cut to it, or padded.
+        self._inner.no_truncation()
+        self._inner.no_padding()
         self.vocab_size = self._inner.get_vocab_size()
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
 

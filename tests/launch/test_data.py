@@ -6,6 +6,7 @@ import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +112,32 @@ def test_a_tokenizer_file_encodes(tmp_path: Path, folder: Path) -> None:
     # "document N" begins each of them; every other word is unknown.
     assert data.train[0] == 1
     assert data.train.sum() + data.validation.sum() == 200
+
+
+def byte_level_tokenizer() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({character: n for n, character in enumerate(alphabet)}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.mark.parametrize("kept", ["truncation", "padding"])
+def test_a_length_kept_in_a_tokenizer_file_cuts_and_pads_no_document(
+    tmp_path: Path, folder: Path, kept: str
+) -> None:
+    tokenizer = byte_level_tokenizer()
+    if kept == "truncation":
+        tokenizer.enable_truncation(8)
+    else:
+        tokenizer.enable_padding(length=1000)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = corpus(folder, tokenizer=str(tmp_path))
+    # A token a byte, and one that ends each document.
+    written = sum(len(file.read_bytes()) + 1 for file in folder.glob("*.txt"))
+    assert len(data.train) + len(data.validation) == written
 
 
 def encode(folder: Path) -> int:
