@@ -147,7 +147,8 @@ class Tokenizer:
         # be cut to it, or padded.
         self._inner.no_truncation()
         self._inner.no_padding()
-        self.vocab_size = self._inner.get_vocab_size()
+        # Not the number of entries: a vocabulary may have holes.
+        self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
 
     @property

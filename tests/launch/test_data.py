@@ -140,6 +140,19 @@ def test_a_length_kept_in_a_tokenizer_file_cuts_and_pads_no_document(
     assert len(data.train) + len(data.validation) == written
 
 
+def test_a_vocabulary_with_holes_is_as_large_as_its_highest_number(
+    tmp_path: Path, folder: Path
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({"[UNK]": 0, "document": 70_000}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = corpus(folder, tokenizer=str(tmp_path), validation_fraction=0.2)
+    assert data.vocab_size == 70_001
+    assert data.train[0] == 70_000
+
+
 def encode(folder: Path) -> int:
     return int(corpus(folder).train.astype(np.int64).sum())
 
