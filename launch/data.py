@@ -300,7 +300,7 @@ def _encode(
         for name, text in itertools.chain(first, documents):
             if len(first) < _FEW:
                 # Too few to hold any out: hold out the end of each.
-                cut = int(len(text) * (1 - share))
+                cut = _character_start(text, int(len(text) * (1 - share)))
                 parts = {"train": text[:cut], "validation": text[cut:]}
             else:
                 parts = {"validation" if _unit_hash(name) < share else "train": text}
@@ -314,6 +314,14 @@ def _encode(
             os.fsync(out.fileno())
     meta = {"dtype": np.dtype(tokenizer.dtype).name, **counts}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _character_start(text: bytes, place: int) -> int:
+    """`place`, or where the UTF-8 character begins whose bytes it would cut apart."""
+    for start in range(place, max(place - 4, 0), -1):
+        if text[start] & 0xC0 != 0x80:  # no continuation byte
+            return start
+    return place
 
 
 def _unit_hash(name: str) -> float:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.data import Corpus, TextConfig, permuted
+from launch.data import Corpus, TextConfig, Tokenizer, permuted
 
 
 def corpus(folder: Path, **options: object) -> Corpus:
@@ -151,6 +151,17 @@ def test_a_vocabulary_with_holes_is_as_large_as_its_highest_number(
     data = corpus(folder, tokenizer=str(tmp_path), validation_fraction=0.2)
     assert data.vocab_size == 70_001
     assert data.train[0] == 70_000
+
+
+def test_the_end_of_a_document_is_held_out_from_a_whole_character_on(tmp_path: Path) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    text = "aé€😀" * 100
+    for shift in range(10):
+        (tmp_path / "one.txt").write_text("." * shift + text, encoding="utf-8")
+        data = corpus(tmp_path, tokenizer=str(tmp_path), validation_fraction=0.3)
+        tokenizer = Tokenizer(str(tmp_path))
+        parts = [tokenizer.decode(part.tolist()) for part in (data.train, data.validation)]
+        assert "".join(part.removesuffix("\0") for part in parts) == "." * shift + text
 
 
 def encode(folder: Path) -> int:
