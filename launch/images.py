@@ -245,7 +245,7 @@ class Pictures(_ClassFolders):
         file = self._files[index]
         with self._open(file) as picture:
             try:
-                pixels = np.asarray(picture.convert(self._mode))
+                pixels = np.asarray(_upright(picture).convert(self._mode))
             except OSError as error:
                 raise BadInput(f"{file}: is no intact picture: {error}") from None
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
@@ -264,6 +264,16 @@ class Pictures(_ClassFolders):
                 f"(model.image_size)"
             )
         return picture
+
+
+def _upright(picture: Any) -> Any:
+    """The picture as it is meant to be seen, 8 bits a channel."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow's `convert` cuts off at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    return picture
 
 
 class Arrays(_ClassFolders):
