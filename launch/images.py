@@ -173,7 +173,7 @@ def _open(path: str | None, shape: tuple[int, int, int], *, verify: bool) -> Ima
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise BadInput(f"data.path={path}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p, folder))
     kinds = {suffix: kind for kind in (_PICTURES, _ARRAYS, _TENSORS) for suffix in kind}
     known = [p for p in files if p.suffix.lower() in kinds]
     if not known:
@@ -191,6 +191,11 @@ def _open(path: str | None, shape: tuple[int, int, int], *, verify: bool) -> Ima
     if verify:
         pictures.verify()
     return pictures
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """Whether the file or a folder above it is hidden: what editors and systems leave behind."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 class Digits(ImageSource):

@@ -82,6 +82,15 @@ def test_a_photograph_is_turned_as_its_camera_was(tmp_path: Path) -> None:
     np.testing.assert_allclose(data_of(tmp_path, channels=1).images([0])[0, 0], seen, atol=1e-6)
 
 
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / ".ipynb_checkpoints" / "0.png")
+    data = data_of(tmp_path, channels=3)
+    assert data.source.classes == ["ants", "bees"]
+    assert data.labels(range(4)).tolist() == [0, 0, 1, 1]
+
+
 def test_pictures_of_mixed_size_are_refused_by_name(tmp_path: Path) -> None:
     write_pictures(tmp_path)
     Image.new("RGB", (4, 5)).save(tmp_path / "bees" / "odd.png")
