@@ -293,6 +293,8 @@ class Arrays(_ClassFolders):
                 array = np.load(file, mmap_mode="r")
             except (ValueError, OSError, EOFError) as error:
                 raise BadInput(f"{file}: is no .npy array: {error}") from None
+            if not isinstance(array, np.ndarray):
+                raise BadInput(f"{file}: is no .npy array: holds several, as .npz does")
             array = array[None] if array.ndim == 3 else array
             _check_shape(file, array.shape[1:], shape)
             self._arrays.append(array)

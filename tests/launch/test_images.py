@@ -196,6 +196,10 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (tmp_path / "a" / "y.npy").write_bytes(content)
         with pytest.raises(BadInput, match=r"y.npy: is no .npy array"):
             data_of(tmp_path, channels=1)
+    with (tmp_path / "a" / "y.npy").open("wb") as file:
+        np.savez(file, images=np.zeros((1, 4, 4)))
+    with pytest.raises(BadInput, match=r"y.npy: is no .npy array: holds several"):
+        data_of(tmp_path, channels=1)
 
 
 def test_the_digits_need_their_own_shape() -> None:
