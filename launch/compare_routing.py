@@ -1,9 +1,9 @@
 """Compare the routing of runs: `python -m launch.compare_routing RUN [RUN …]`.
 
-Every run's experts route the same held-out text. For each run: loss, representation collapse (RC;
-smaller is more collapsed), spread of the token-expert cosines, and routing fluctuation, the share
-of tokens whose experts changed between its last two checkpoints. For two runs or more: inter-run
-consistency, the mean correlation of their expert loads.
+Every run's experts route the same held-out text, that of the first run. For each run: loss,
+representation collapse (RC; smaller is more collapsed), spread of the token-expert cosines, and
+routing fluctuation, the share of tokens whose experts changed between its last two checkpoints. For
+two runs or more: inter-run consistency, the mean correlation of their expert loads.
 
 RUN is the folder of a run (its two newest checkpoints) or one checkpoint (no fluctuation).
 """
@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -132,6 +132,8 @@ def route(
         config.data.seq_len,
     ):
         raise BadInput(f"{checkpoint}: has another tokenizer or sequence length than the first run")
+    if data is not None:
+        config = replace(config, data=data)
     cpu = torch.device("cpu")
     task = task_class(config.task)(config, mesh=Mesh.single(), device=cpu)
     batch = _held_out(task.validation_batch, min(rows, task.validation_rows))
