@@ -144,7 +144,7 @@ def micro_batch_demand(
     weights = sum(p.numel() / mesh.tensor / _spread(p, mesh) for p in model.parameters())
     passes = weight_passes(weights, size=size)
     demand = Demand(products / ranks, attention / ranks, passes)
-    head = config.dim // config.num_heads if config.head_dim is None else config.head_dim
+    head = _head_width(config)
     experts = config.mixture_of_experts
     for share in _shares(config):
         shape = LayerShape(
@@ -215,7 +215,7 @@ def activation_numbers(config: DecoderConfig, mesh: Mesh, tokens: int) -> float:
     is every token. Under recomputation only each layer's input stays. The last norm and the
     softmax of the logits come on top. A flash kernel for attention is assumed, without scores.
     """
-    head = config.dim // config.num_heads
+    head = _head_width(config)
     inside = (2 * config.num_heads + 2 * config.kv_heads) * head + 4 * _ffn_rows(config)
     here = tokens / mesh.context
     outside_tokens = here / mesh.tensor if mesh.sequence_parallel else here
@@ -337,6 +337,10 @@ def _shares(config: DecoderConfig) -> list[float]:
     if config.skip_layer is not None:
         return config.skip_layer.densities(layers)
     return [1.0] * layers
+
+
+def _head_width(config: DecoderConfig) -> int:
+    return config.dim // config.num_heads if config.head_dim is None else config.head_dim
 
 
 def _ffn_rows(config: DecoderConfig) -> int:
