@@ -67,7 +67,7 @@ class Progress:
 def rate(flops: float) -> str:
     """Operations a second, with the prefix that leaves 1 to 3 digits before the point."""
     for prefix in ("", "k", "M", "G", "T"):
-        if flops < 1000:
+        if flops < 999.5:  # which three digits round up to 1e+03
             return f"{flops:.3g} {prefix}FLOP/s"
         flops /= 1000
     return f"{flops:.4g} PFLOP/s"

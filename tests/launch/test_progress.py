@@ -16,7 +16,13 @@ REPORT = StepReport(2.0, 100, 4e6, 6e6, False, [])
 
 @pytest.mark.parametrize(
     ("flops", "said"),
-    [(0, "0 FLOP/s"), (999, "999 FLOP/s"), (1.5e9, "1.5 GFLOP/s"), (7.89e14, "789 TFLOP/s")],
+    [
+        (0, "0 FLOP/s"),
+        (999, "999 FLOP/s"),
+        (9.997e11, "1 TFLOP/s"),
+        (1.5e9, "1.5 GFLOP/s"),
+        (7.89e14, "789 TFLOP/s"),
+    ],
 )
 def test_rates_are_readable(flops: float, said: str) -> None:
     assert rate(flops) == said
