@@ -13,6 +13,7 @@ from torch import nn
 from adaptive.flops import Work
 from adaptive.models.decoder import Decoder, DecoderConfig
 from launch.config import RunConfig, load_config
+from launch.engine import batch_split
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.machines import PUBLISHED, Machine, machine_of, with_given
 from launch.options import check_counts, check_positive, refuse_empty_values
@@ -91,12 +92,8 @@ def plan(config: RunConfig, mesh: Mesh, machine: Machine, *, mixed: bool = True)
     model_config = config.model
     if not isinstance(model_config, DecoderConfig):
         raise BadInput(f"task={config.task}: only language models can be planned")
-    batch, seq_len = config.train.batch_size, config.data.seq_len
-    if batch % mesh.data:
-        raise BadInput(f"train.batch_size={batch}: must be a multiple of data={mesh.data}")
-    rows = batch // mesh.data
-    micro = min(config.train.micro_batch_size or rows, rows)
-    accumulation = -(-rows // micro)
+    seq_len = config.data.seq_len
+    micro, accumulation = batch_split(config, mesh.data)
     model = meta_model(config, mesh)
     dense = sum(p.numel() for p in model.parameters() if not is_expert(p))
     experts = sum(p.numel() for p in model.parameters() if is_expert(p))

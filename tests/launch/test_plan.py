@@ -125,6 +125,10 @@ def test_recomputation_keeps_less() -> None:
     [
         (["--gpus", "6", "--meshes", "tensor=4"], "tensor=4: must divide the 6 ranks"),
         (["--gpus", "3", "--meshes", "tensor=3"], "vocab_size=256: must be a multiple of tensor=3"),
+        (
+            ["train.batch_size=8", "train.micro_batch_size=3", "--gpus", "2"],
+            "train.micro_batch_size=3: must divide 4, the rows of train.batch_size=8",
+        ),
         (["--gpus", "2", "--machine", "b9"], "--machine=b9: must be one of this, a100, h100, h200"),
     ],
 )
