@@ -251,7 +251,7 @@ def candidates(config: RunConfig, gpus: int) -> Iterator[Mesh]:
 
 def main(arguments: list[str] | None = None) -> None:
     with exit_on_bad_input():
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_intermixed_args(arguments)
         refuse_empty_values(options.overrides)
         check_counts(options, "gpus")
         given = ("memory", "tflops", "bandwidth", "network")

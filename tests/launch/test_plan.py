@@ -129,6 +129,8 @@ def test_recomputation_keeps_less() -> None:
             ["train.batch_size=8", "train.micro_batch_size=3", "--gpus", "2"],
             "train.micro_batch_size=3: must divide 4, the rows of train.batch_size=8",
         ),
+        # Keys may stand on both sides of an option.
+        (["--gpus", "2", "train.batch_size=0"], "train.batch_size=0: must be at least 1"),
         (["--gpus", "2", "--machine", "b9"], "--machine=b9: must be one of this, a100, h100, h200"),
     ],
 )
