@@ -63,14 +63,20 @@ class Alarms:
     def __init__(self, limits: AlarmLimits | None = None) -> None:
         self.limits = AlarmLimits() if limits is None else limits
         self._standing: dict[str, set[tuple[str, str]]] = {}
+        self._non_finite: set[str] = set()
 
     def check_run(self, step: int, scalars: Mapping[str, float]) -> list[Alarm]:
-        """Alarms about scalars of the run itself: each must be finite."""
-        wrong = [
-            f"{name} is {value}" for name, value in scalars.items() if not math.isfinite(value)
+        """Alarms about scalars of the run itself: each must be finite.
+
+        Each scalar's condition lasts until the scalar itself is finite again: some are known at
+        few steps only (a validation loss).
+        """
+        wrong = {name: value for name, value in scalars.items() if not math.isfinite(value)}
+        begun = [
+            f"{name} is {value}" for name, value in wrong.items() if name not in self._non_finite
         ]
-        found = [Alarm(step, "", "non_finite", ", ".join(wrong))] if wrong else []
-        return self._begun("run", found)
+        self._non_finite = (self._non_finite - scalars.keys()) | wrong.keys()
+        return [Alarm(step, "", "non_finite", ", ".join(begun))] if begun else []
 
     def check_routing(
         self, step: int, summaries: Mapping[str, Mapping[str, float]], *, of: str = "training"

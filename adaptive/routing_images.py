@@ -65,7 +65,8 @@ def experts_by_layer(
     Experts inside a layer that skips tokens see only some of them, and are left out.
 
     Returns:
-        Names of the layers with experts, how many they have, and int64 [L, T]: each token's first.
+        Names of the layers with experts, how many they have, and int64 [L, T]: each token's first;
+        numbers from there on are of experts that compute nothing.
 
     Raises:
         ValueError: if no record chooses experts for every token.
@@ -108,6 +109,8 @@ def expert_map(
 ) -> Tensor:
     """Tokens across, layers down: a colour for each expert. What shares a colour, shares weights.
 
+    A token that goes to an idle expert is as pale as one that a layer skips.
+
     Args:
         tokens, names: as in `depth_map`.
         units: experts of each layer.
@@ -115,10 +118,14 @@ def expert_map(
     """
     title = "layers down, tokens across; each colour is one expert of its layer"
     colours = [
-        [_hue(expert / count) for expert in row]
+        [_hue(expert / count) if expert < count else _SKIPPED for expert in row]
         for count, row in zip(units, experts_LT.tolist(), strict=True)
     ]
-    notes = [f"{len(set(row))} of {n}" for row, n in zip(experts_LT.tolist(), units, strict=True)]
+    used = [
+        len({expert for expert in row if expert < count})
+        for count, row in zip(units, experts_LT.tolist(), strict=True)
+    ]
+    notes = [f"{number} of {count}" for number, count in zip(used, units, strict=True)]
     return _bands(title, tokens, names, colours, notes)
 
 

@@ -74,15 +74,17 @@ def median_ratio(seconds: dict[str, list[float]], case: str, baseline: str) -> f
 def peak_bytes(run: Callable[[], None]) -> int:
     """The most that one run holds at once beyond what was there before, every allocation counted.
 
-    That is activations and gradients; parameters and the input exist already. CPU only.
+    That is activations and gradients; parameters and the input exist already. A run that begins by
+    freeing the gradients of the one before holds as much as a first one. CPU only.
     """
     with profile(profile_memory=True, use_kineto=True) as profiler:
         run()
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
+    held = least = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        peak = max(peak, held)
+        least = min(least, held)
+        peak = max(peak, held - least)
     return peak
 
 

@@ -236,8 +236,15 @@ def finish(run: Run, *, threads: int) -> dict[str, Any] | None:
         **measure(run),
         "config": run.config.resolved(),
     }
-    run.result.write_text(json.dumps(outcome, indent=1), encoding="utf-8")
+    _write_whole(run.result, json.dumps(outcome, indent=1))
     return outcome
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write all of a file or nothing: half of one would be taken for what was measured."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _holds_another(run: Run) -> bool:
@@ -260,7 +267,7 @@ def _add_leg(run: Run, seconds: float) -> float:
     path = run.folder / "seconds.json"
     legs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     legs.append(round(seconds, 1))
-    path.write_text(json.dumps(legs), encoding="utf-8")
+    _write_whole(path, json.dumps(legs))
     return float(sum(legs))
 
 

@@ -1,9 +1,9 @@
 """Compare the routing of runs: `python -m launch.compare_routing RUN [RUN …]`.
 
-Every run's experts route the same held-out text. For each run: loss, representation collapse (RC;
-smaller is more collapsed), spread of the token-expert cosines, and routing fluctuation, the share
-of tokens whose experts changed between its last two checkpoints. For two runs or more: inter-run
-consistency, the mean correlation of their expert loads.
+Every run's experts route the same held-out text, that of the first run. For each run: loss,
+representation collapse (RC; smaller is more collapsed), spread of the token-expert cosines, and
+routing fluctuation, the share of tokens whose experts changed between its last two checkpoints. For
+two runs or more: inter-run consistency, the mean correlation of their expert loads.
 
 RUN is the folder of a run (its two newest checkpoints) or one checkpoint (no fluctuation).
 """
@@ -14,14 +14,19 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adaptive.blocks.mixture_of_experts import MixtureOfExperts
-from adaptive.routing.collapse import inter_run_consistency, measuring_collapse, routing_fluctuation
+from adaptive.routing.collapse import (
+    experts_of_all_tokens,
+    inter_run_consistency,
+    measuring_collapse,
+    routing_fluctuation,
+)
 from adaptive.routing.tape import RoutingTape
 from launch.checkpoints import find_checkpoint, load_model
 from launch.data import TextConfig
@@ -42,14 +47,14 @@ class Routing:
     Attributes:
         loss: nats per token.
         rc, cosine_spread: means over layers; NaN where a layer has none.
-        choices: for each layer int64 [T, K].
+        choices: for each layer whose experts every token reaches, by its name, int64 [T, K].
         loads: float64 [L, E].
     """
 
     loss: float
     rc: float
     cosine_spread: float
-    choices: list[Tensor]
+    choices: dict[str, Tensor]
     loads: Tensor
 
 
@@ -102,9 +107,11 @@ def compare(runs: list[str], *, rows: int) -> tuple[list[RunRow], float]:
         if before is not None:
             earlier, _ = route(before, rows=rows, data=data)
             changed = [
-                routing_fluctuation(a, b) for a, b in zip(earlier.choices, now.choices, strict=True)
+                routing_fluctuation(before_TK, now.choices[name])
+                for name, before_TK in earlier.choices.items()
+                if name in now.choices
             ]
-            fluctuation = float(torch.stack(changed).mean())
+            fluctuation = float(torch.stack(changed).mean()) if changed else math.nan
         if loads and loads[0].shape != now.loads.shape:
             raise BadInput(
                 f"{run}: has [layers, experts] {list(now.loads.shape)}, "
@@ -132,6 +139,8 @@ def route(
         config.data.seq_len,
     ):
         raise BadInput(f"{checkpoint}: has another tokenizer or sequence length than the first run")
+    if data is not None:
+        config = replace(config, data=data)
     cpu = torch.device("cpu")
     task = task_class(config.task)(config, mesh=Mesh.single(), device=cpu)
     batch = _held_out(task.validation_batch, min(rows, task.validation_rows))
@@ -140,7 +149,9 @@ def route(
         sums = task.validation_sums(model, batch)
     total, count = sums["loss"]
     records = [record for record in tape.records if record.load is not None]
-    choices = [record.chosen for record in records if record.chosen is not None]
+    choices = {
+        r.name: r.chosen for r in experts_of_all_tokens(tape.records) if r.chosen is not None
+    }
     loads = torch.stack([record.load.double() for record in records if record.load is not None])
 
     def mean_of(name: str) -> float:

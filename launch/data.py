@@ -27,7 +27,7 @@ from launch.errors import BadInput
 from launch.tasks import row_generator
 
 _SPLITS = ("train", "validation")
-_FORMAT = 2
+_FORMAT = 3
 _FEW = 20  # fewer documents than this are held out in part, not as a whole
 
 
@@ -143,7 +143,12 @@ class Tokenizer:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
             raise BadInput(f"data.tokenizer={name}: {error}") from None
-        self.vocab_size = self._inner.get_vocab_size()
+        # A tokenizer.json may keep the length that a model was once trained with: documents would
+        # be cut to it, or padded.
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        # Not the number of entries: a vocabulary may have holes.
+        self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
 
     @property
@@ -295,7 +300,7 @@ def _encode(
         for name, text in itertools.chain(first, documents):
             if len(first) < _FEW:
                 # Too few to hold any out: hold out the end of each.
-                cut = int(len(text) * (1 - share))
+                cut = _character_start(text, int(len(text) * (1 - share)))
                 parts = {"train": text[:cut], "validation": text[cut:]}
             else:
                 parts = {"validation" if _unit_hash(name) < share else "train": text}
@@ -309,6 +314,14 @@ def _encode(
             os.fsync(out.fileno())
     meta = {"dtype": np.dtype(tokenizer.dtype).name, **counts}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _character_start(text: bytes, place: int) -> int:
+    """`place`, or where the UTF-8 character begins whose bytes it would cut apart."""
+    for start in range(place, max(place - 4, 0), -1):
+        if text[start] & 0xC0 != 0x80:  # no continuation byte
+            return start
+    return place
 
 
 def _unit_hash(name: str) -> float:

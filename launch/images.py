@@ -173,7 +173,7 @@ def _open(path: str | None, shape: tuple[int, int, int], *, verify: bool) -> Ima
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise BadInput(f"data.path={path}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p, folder))
     kinds = {suffix: kind for kind in (_PICTURES, _ARRAYS, _TENSORS) for suffix in kind}
     known = [p for p in files if p.suffix.lower() in kinds]
     if not known:
@@ -191,6 +191,11 @@ def _open(path: str | None, shape: tuple[int, int, int], *, verify: bool) -> Ima
     if verify:
         pictures.verify()
     return pictures
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """Whether the file or a folder above it is hidden: what editors and systems leave behind."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 class Digits(ImageSource):
@@ -245,7 +250,7 @@ class Pictures(_ClassFolders):
         file = self._files[index]
         with self._open(file) as picture:
             try:
-                pixels = np.asarray(picture.convert(self._mode))
+                pixels = np.asarray(_upright(picture).convert(self._mode))
             except OSError as error:
                 raise BadInput(f"{file}: is no intact picture: {error}") from None
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
@@ -266,6 +271,16 @@ class Pictures(_ClassFolders):
         return picture
 
 
+def _upright(picture: Any) -> Any:
+    """The picture as it is meant to be seen, 8 bits a channel."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow's `convert` cuts off at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    return picture
+
+
 class Arrays(_ClassFolders):
     """`.npy` latents, [C, H, W] or [N, C, H, W] a file, in one folder a class; memory-mapped."""
 
@@ -278,6 +293,8 @@ class Arrays(_ClassFolders):
                 array = np.load(file, mmap_mode="r")
             except (ValueError, OSError, EOFError) as error:
                 raise BadInput(f"{file}: is no .npy array: {error}") from None
+            if not isinstance(array, np.ndarray):
+                raise BadInput(f"{file}: is no .npy array: holds several, as .npz does")
             array = array[None] if array.ndim == 3 else array
             _check_shape(file, array.shape[1:], shape)
             self._arrays.append(array)

@@ -13,6 +13,7 @@ from torch import nn
 from adaptive.flops import Work
 from adaptive.models.decoder import Decoder, DecoderConfig
 from launch.config import RunConfig, load_config
+from launch.engine import batch_split
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.machines import PUBLISHED, Machine, machine_of, with_given
 from launch.options import check_counts, check_positive, refuse_empty_values
@@ -91,12 +92,8 @@ def plan(config: RunConfig, mesh: Mesh, machine: Machine, *, mixed: bool = True)
     model_config = config.model
     if not isinstance(model_config, DecoderConfig):
         raise BadInput(f"task={config.task}: only language models can be planned")
-    batch, seq_len = config.train.batch_size, config.data.seq_len
-    if batch % mesh.data:
-        raise BadInput(f"train.batch_size={batch}: must be a multiple of data={mesh.data}")
-    rows = batch // mesh.data
-    micro = min(config.train.micro_batch_size or rows, rows)
-    accumulation = -(-rows // micro)
+    seq_len = config.data.seq_len
+    micro, accumulation = batch_split(config, mesh.data)
     model = meta_model(config, mesh)
     dense = sum(p.numel() for p in model.parameters() if not is_expert(p))
     experts = sum(p.numel() for p in model.parameters() if is_expert(p))
@@ -144,7 +141,7 @@ def micro_batch_demand(
     weights = sum(p.numel() / mesh.tensor / _spread(p, mesh) for p in model.parameters())
     passes = weight_passes(weights, size=size)
     demand = Demand(products / ranks, attention / ranks, passes)
-    head = config.dim // config.num_heads if config.head_dim is None else config.head_dim
+    head = _head_width(config)
     experts = config.mixture_of_experts
     for share in _shares(config):
         shape = LayerShape(
@@ -211,7 +208,7 @@ def activation_numbers(config: DecoderConfig, mesh: Mesh, tokens: int) -> float:
     is every token. Under recomputation only each layer's input stays. The last norm and the
     softmax of the logits come on top. A flash kernel for attention is assumed, without scores.
     """
-    head = config.dim // config.num_heads
+    head = _head_width(config)
     inside = (2 * config.num_heads + 2 * config.kv_heads) * head + 4 * _ffn_rows(config)
     here = tokens / mesh.context
     outside_tokens = here / mesh.tensor if mesh.sequence_parallel else here
@@ -250,7 +247,7 @@ def candidates(config: RunConfig, gpus: int) -> Iterator[Mesh]:
 
 def main(arguments: list[str] | None = None) -> None:
     with exit_on_bad_input():
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_intermixed_args(arguments)
         refuse_empty_values(options.overrides)
         check_counts(options, "gpus")
         given = ("memory", "tflops", "bandwidth", "network")
@@ -333,6 +330,10 @@ def _shares(config: DecoderConfig) -> list[float]:
     if config.skip_layer is not None:
         return config.skip_layer.densities(layers)
     return [1.0] * layers
+
+
+def _head_width(config: DecoderConfig) -> int:
+    return config.dim // config.num_heads if config.head_dim is None else config.head_dim
 
 
 def _ffn_rows(config: DecoderConfig) -> int:

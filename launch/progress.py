@@ -18,9 +18,9 @@ class Progress:
     def __init__(self, *, steps: int, every: int, name: str, speak: bool) -> None:
         self.steps, self.every, self.name, self.speak = steps, every, name, speak
         self._live = speak and sys.stdout.isatty()
-        self._begun = self._since = time.perf_counter()
+        self._begun = time.perf_counter()
         self._tokens = 0
-        self._executed = self._nominal = 0.0
+        self._seconds = self._executed = self._nominal = 0.0
         self._done = 0
         self._last = (0.0, 0.0, 0.0)
 
@@ -29,18 +29,21 @@ class Progress:
         if self.speak:
             print(f"{self._clear()}{line}", flush=True)
 
-    def step(self, step: int, report: StepReport) -> None:
-        """Count a step; every `every`-th prints a line that stays."""
+    def step(self, step: int, report: StepReport, seconds: float) -> None:
+        """Count a step that took `seconds`; every `every`-th prints a line that stays.
+
+        Rates are over the seconds of steps: evaluations and checkpoints in between slow none.
+        """
         self._tokens += report.tokens
+        self._seconds += seconds
         self._executed += report.executed_flops
         self._nominal += report.nominal_flops
         self._done += 1
         due = step % self.every == 0 or step == self.steps
         if due:
-            seconds = max(time.perf_counter() - self._since, 1e-9)
-            self._last = (self._tokens / seconds, self._executed / seconds, self._nominal / seconds)
-            self._since = time.perf_counter()
-            self._tokens, self._executed, self._nominal = 0, 0.0, 0.0
+            taken = max(self._seconds, 1e-9)
+            self._last = (self._tokens / taken, self._executed / taken, self._nominal / taken)
+            self._tokens, self._seconds, self._executed, self._nominal = 0, 0.0, 0.0, 0.0
         if self.speak and (due or self._live):
             line = self._line(step, report)
             print(f"{self._clear()}{line}", end="\n" if due else "", flush=True)
@@ -64,7 +67,7 @@ class Progress:
 def rate(flops: float) -> str:
     """Operations a second, with the prefix that leaves 1 to 3 digits before the point."""
     for prefix in ("", "k", "M", "G", "T"):
-        if flops < 1000:
+        if flops < 999.5:  # which three digits round up to 1e+03
             return f"{flops:.3g} {prefix}FLOP/s"
         flops /= 1000
     return f"{flops:.4g} PFLOP/s"

@@ -156,7 +156,8 @@ def _run_phase(
         loop.check_moved()
         number, step, asked = loop.state.phase_step, loop.state.step, report.stop
         learning_rate = learning_rate_at(number - 1, train)
-        progress.step(number, report)
+        seconds = time.perf_counter() - since
+        progress.step(number, report, seconds)
         scalars = {"loss/train": report.loss, "learning_rate": learning_rate}
         if monitor.due(step) and engine.gradient_norm is not None:
             scalars["gradient_norm"] = engine.gradient_norm
@@ -164,7 +165,7 @@ def _run_phase(
             step,
             scalars,
             tokens=report.tokens,
-            seconds=time.perf_counter() - since,
+            seconds=seconds,
             operations=(report.executed_flops, report.nominal_flops),
         )
         _heed(alarms, config, progress, loss=report.loss)

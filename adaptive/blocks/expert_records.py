@@ -75,6 +75,7 @@ def expert_record(
         tokens=probabilities_TE.shape[0] if valid_T is None else valid_T.sum(),
         executed=taken,
         load=load_E,
+        choices=probabilities_TE.shape[1],
         entropy=masked_mean(torch.special.entr(probabilities_TE).sum(-1), valid_T),
         dropped=1 - taken / wanted.clamp(min=1),
         dead_units=(load_E == 0).sum(),

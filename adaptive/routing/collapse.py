@@ -80,11 +80,34 @@ def routing_fluctuation(
     return changed_T.double().mean()
 
 
+def experts_of_all_tokens(records: Sequence[RoutingRecord]) -> list[RoutingRecord]:
+    """Those records of experts that every token reached.
+
+    Experts inside a layer that skips tokens see only some, and others the next time: their choices
+    are no two choices for the same tokens.
+    """
+    decided = [(record, record.chosen) for record in records if record.chosen is not None]
+    # The model itself has the empty path.
+    skipping = {
+        f"{r.name}." if r.name else "": len(taken) for r, taken in decided if taken.dim() == 1
+    }
+    return [
+        record
+        for record, chosen_TK in decided
+        if record.load is not None and chosen_TK.dim() == 2
+        if all(
+            len(chosen_TK) == tokens
+            for path, tokens in skipping.items()
+            if record.name.startswith(path)
+        )
+    ]
+
+
 class FluctuationProbe:
     """Adds `collapse/fluctuation` to the records of a text that is routed again and again.
 
     Keeps the choices of the time before, by layer: give it the records of the same tokens at every
-    checkpoint or evaluation.
+    checkpoint or evaluation. Experts that not every token reached have none.
     """
 
     def __init__(self) -> None:
@@ -92,10 +115,10 @@ class FluctuationProbe:
 
     def update(self, records: Sequence[RoutingRecord]) -> None:
         """Compare with the last call; the first has nothing to compare with."""
-        for record in records:
-            if record.load is None or record.chosen is None:
-                continue
-            before = self._before.get(record.name)
+        earlier, self._before = self._before, {}
+        for record in experts_of_all_tokens(records):
+            assert record.chosen is not None
+            before = earlier.get(record.name)
             if before is not None:
                 record.statistics["collapse/fluctuation"] = routing_fluctuation(
                     before, record.chosen

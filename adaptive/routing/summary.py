@@ -39,13 +39,15 @@ class _Shape(NamedTuple):
 
     name: str
     units: int
+    choices: int
     losses: tuple[str, ...]
     statistics: tuple[str, ...]
 
     def union(self, other: _Shape) -> _Shape:
         losses = tuple(sorted({*self.losses, *other.losses}))
         statistics = tuple(sorted({*self.statistics, *other.statistics}))
-        return _Shape(self.name, max(self.units, other.units), losses, statistics)
+        units, choices = max(self.units, other.units), max(self.choices, other.choices)
+        return _Shape(self.name, units, choices, losses, statistics)
 
     @property
     def slots(self) -> list[str]:
@@ -241,7 +243,9 @@ def _shape(name: str, records: Sequence[RoutingRecord]) -> _Shape:
     loads = [record.load.shape[0] for record in records if record.load is not None]
     losses = sorted({key for record in records for key in record.losses})
     statistics = sorted({key for record in records for key in record.statistics})
-    return _Shape(name, max(loads, default=0), tuple(losses), tuple(statistics))
+    units = max(loads, default=0)
+    choices = max([units, *(record.choices or 0 for record in records)])
+    return _Shape(name, units, choices, tuple(losses), tuple(statistics))
 
 
 def _summary(shape: _Shape, numbers: list[float], steps: int) -> Summary:
@@ -267,8 +271,8 @@ def _summary(shape: _Shape, numbers: list[float], steps: int) -> Summary:
             summary["load_over_mean"] = max(load) * units / total
             summary["least_load_over_mean"] = min(load) * units / total
     if "entropy" in summary:
-        most = math.log(len(load)) if len(load) > 1 else math.log(2)
-        summary["entropy_share"] = summary["entropy"] / most
+        # A router without units chooses between yes and no.
+        summary["entropy_share"] = summary["entropy"] / math.log(max(shape.choices, 2))
     for name in shape.losses:
         summary[name] = slots[name] / steps
     return summary

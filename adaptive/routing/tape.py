@@ -43,6 +43,7 @@ class RoutingRecord:
             earlier ones; else None.
         planned_share: share of the tokens that the module is meant to execute.
         load: [units], tokens each unit received (experts), or None.
+        choices: how many the router chooses among, where `load` tells fewer (idle experts) or none.
         entropy: mean entropy of the router's distribution, nats per token.
         dropped: share of tokens (or pairs) that wanted compute and did not get it.
         dead_units: units that received no token.
@@ -63,6 +64,7 @@ class RoutingRecord:
     key_lengths: Tensor | None = None
     planned_share: float | None = None
     load: Tensor | None = None
+    choices: int | None = None
     entropy: Tensor | None = None
     dropped: Tensor | None = None
     dead_units: Tensor | None = None

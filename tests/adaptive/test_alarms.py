@@ -92,6 +92,22 @@ def test_an_alarm_is_raised_when_it_begins_and_again_after_it_ended() -> None:
     assert check(wrong, wrong) == ["a"]
 
 
+def test_a_scalar_that_stays_wrong_is_told_once_and_hides_no_other() -> None:
+    alarms, nan = Alarms(), float("nan")
+
+    def check(**scalars: float) -> list[str]:
+        return [alarm.message for alarm in alarms.check_run(LATE, scalars)]
+
+    # A validation loss is known at evaluations only; the steps in between say nothing of it.
+    assert check(validation=nan) == ["validation is nan"]
+    assert check(train=2.0) == []
+    assert check(validation=nan) == []
+    assert check(train=2.0, norm=float("inf")) == ["norm is inf"]
+    assert check(train=nan, norm=float("inf")) == ["train is nan"]
+    assert check(validation=2.0) == []
+    assert check(validation=nan) == ["validation is nan"]
+
+
 def test_training_and_evaluation_are_remembered_apart() -> None:
     alarms = Alarms()
     wrong = {"a": {**HEALTHY, "dead_units": 2.0}}

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive import RoutingTape
+from adaptive import MixtureOfExperts, RoutingTape
 from adaptive.alarms import AlarmLimits
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
+from adaptive.blocks.mixture_of_depths_and_experts import ExpertsWithIdle
 from adaptive.flops import executed_flops, nominal_flops
 from adaptive.metric_log import MetricLog, read_metrics
 from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTransformer
@@ -178,6 +179,20 @@ def test_window_means_are_those_of_all_tokens_together() -> None:
     assert summary["load_over_mean"] == pytest.approx(18 * 3 / 22)
     assert summary["balance"] == pytest.approx(4 * 0.25 / 2)
     assert window.reduce()[0] == {}, "a window starts empty"
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_entropy_of_a_router_without_preference_is_the_whole_of_its_maximum(idle: bool) -> None:
+    """Idle experts are choices too."""
+    experts = ExpertsWithIdle(16, 16, 4, idle_experts=3) if idle else MixtureOfExperts(16, 16, 4)
+    torch.nn.init.zeros_(experts.router.weight)
+    with RoutingTape(experts) as tape:
+        experts(torch.randn(2, 8, 16))
+    window = RoutingWindow()
+    window.add(tape.records)
+    (summary,) = window.reduce()[0].values()
+    assert summary["units"] == 4
+    assert summary["entropy_share"] == pytest.approx(1, abs=1e-6)
 
 
 def test_resuming_writes_no_step_twice(tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_one_colour_for_each_expert() -> None:
     assert areas == [areas[0] / counts[0] * count for count in counts]
 
 
+def test_idle_experts_are_pale_and_no_other_expert() -> None:
+    experts_LT = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 4]])
+    found = pixels(expert_map(["y"] * 8, ["layers.0.ffn"], [4], experts_LT))
+    area = found[_hue(1 / 4)]
+    # Two tokens go to expert 0, three to one of the two idle ones.
+    assert found[_hue(0.0)] == 2 * area
+    assert found[_SKIPPED] == 3 * area
+
+
 def test_balanced_loads_have_one_colour_and_dead_experts_are_crossed_out() -> None:
     even = pixels(load_map({"layers.1": torch.full((6,), 10.0)}))
     dead = pixels(load_map({"layers.1": torch.tensor([20.0, 10.0, 10.0, 10.0, 10.0, 0.0])}))

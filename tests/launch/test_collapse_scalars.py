@@ -48,3 +48,28 @@ def test_collapse_and_fluctuation_are_written_at_evaluations(tmp_path: Path) -> 
     same, other = scalars[f"collapse/fluctuation/{layer}"]
     assert same == 0
     assert 0 < other <= 1
+
+
+def trained(tree: dict[str, Any]) -> list[str]:
+    """The scalars of reports before and after the predictors chose other tokens."""
+    loop = make_loop(from_mapping(tree))
+    writer: Any = Writer()
+    for _ in range(3):
+        with torch.no_grad():
+            for name, parameter in loop.engine.named_parameters():
+                if "predictor" in name:
+                    # About half of the tokens, whichever they are.
+                    parameter.zero_() if name.endswith("bias") else parameter.normal_()
+        loop.task.report(loop.engine, 0, writer)
+    return list(writer.scalars)
+
+
+def test_staged_experts_are_reported_whichever_tokens_reach_them(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    model = {
+        "mixture_of_depths": {"capacity": 0.25, "schedule": "all"},
+        "mixture_of_experts": {"num_experts": 4, "ffn_dim": 16},
+    }
+    scalars = run_ranks(trained, 1, tiny_config(tmp_path, model=model))[0]
+    assert "collapse/rc/layers.1.block.ffn" in scalars
+    assert not [name for name in scalars if "fluctuation" in name]

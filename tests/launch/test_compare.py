@@ -134,6 +134,35 @@ def test_an_interrupted_run_goes_on_only_with_the_same_configuration(
     assert len(json.loads((changed.folder / "seconds.json").read_text())) == 2
 
 
+def test_a_result_that_could_not_be_written_whole_is_measured_again(
+    comparison: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = one_arm(comparison, "operations=2e8")
+    steps = run.config.train.steps
+
+    def trained(command: list[str], **_: Any) -> Any:
+        write_state(run, steps)
+        return subprocess.CompletedProcess(command, 0)
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        """A disk on which half of a result fits."""
+        if "result.json" not in path.name:
+            return whole(path, text, **options)
+        whole(path, text[: len(text) // 2], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("launch.compare.subprocess.run", trained)
+    monkeypatch.setattr("launch.compare.measure", lambda _: {"steps": steps})
+    whole = Path.write_text
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            finish(run, threads=1)
+    outcome = finish(run, threads=1)
+    assert outcome is not None
+    assert outcome["steps"] == steps
+
+
 def read_steps(folder: Path) -> int:
     found = sorted((folder / "checkpoints").glob("step-*"))
     return read_state(found[-1]).step if found else 0

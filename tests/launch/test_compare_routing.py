@@ -27,6 +27,10 @@ def checkpoint(config: RunConfig, step: int, seed: int) -> Path:
     cpu = torch.device("cpu")
     model = task_class(config.task)(config, mesh=Mesh.single(), device=cpu).build_model()
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if "predictor" in name:
+            # About half of the tokens, whichever they are.
+            tensor.zero_() if name.endswith("bias") else tensor.normal_()
     whole = WholeState(weights, {}, {}, RunState(step=step), config)
     return save_atomically(
         Path(config.output) / "checkpoints", step, lambda folder: write_whole(folder, whole)
@@ -39,14 +43,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_config(folder: Path, name: str, **model: Any) -> RunConfig:
+def run_config(
+    folder: Path, name: str, *, data: dict[str, Any] | None = None, **model: Any
+) -> RunConfig:
     model = {
         "mixture_of_depths": None,
         "tie_embeddings": False,
         "mixture_of_experts": EXPERTS,
         **model,
     }
-    return from_mapping(tiny_config(folder, model=model, output=str(folder / name)))
+    tree = tiny_config(folder, model=model, data=data or {}, output=str(folder / name))
+    return from_mapping(tree)
 
 
 def test_two_runs_are_compared_on_the_same_text(
@@ -69,6 +76,28 @@ def test_two_runs_are_compared_on_the_same_text(
     text = capsys.readouterr().out
     assert f"| {folder / 'a'} | 1 |" in text
     assert "inter-run consistency" in text
+
+
+def test_runs_that_learnt_from_other_text_are_compared_on_that_of_the_first(folder: Path) -> None:
+    other = folder / "other.txt"
+    other.write_text("".join(f"line {n} of another text\n" for n in range(2000)))
+    checkpoint(run_config(folder, "a"), 0, 0)
+    data = {"path": str(other), "validation_fraction": 0.1, "validation_rows": 2}
+    checkpoint(run_config(folder, "b", data=data), 0, 0)
+    rows, consistency = compare([str(folder / "a"), str(folder / "b")], rows=4)
+    # Of the same weights everything must agree.
+    assert rows[1].loss == rows[0].loss
+    assert rows[1].rc == rows[0].rc
+    assert consistency == pytest.approx(1)
+
+
+def test_experts_behind_a_depth_router_are_compared_without_fluctuation(folder: Path) -> None:
+    depth = {"capacity": 0.25, "schedule": "all"}
+    for step in range(2):
+        checkpoint(run_config(folder, "staged", mixture_of_depths=depth), step, step)
+    ((row,), _) = compare([str(folder / "staged")], rows=3)
+    assert row.rc > 0
+    assert row.fluctuation != row.fluctuation  # other tokens at each checkpoint
 
 
 def test_equal_runs_agree_entirely(folder: Path) -> None:

@@ -6,13 +6,14 @@ import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.data import Corpus, TextConfig, permuted
+from launch.data import Corpus, TextConfig, Tokenizer, permuted
 
 
 def corpus(folder: Path, **options: object) -> Corpus:
@@ -111,6 +112,56 @@ def test_a_tokenizer_file_encodes(tmp_path: Path, folder: Path) -> None:
     # "document N" begins each of them; every other word is unknown.
     assert data.train[0] == 1
     assert data.train.sum() + data.validation.sum() == 200
+
+
+def byte_level_tokenizer() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({character: n for n, character in enumerate(alphabet)}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.mark.parametrize("kept", ["truncation", "padding"])
+def test_a_length_kept_in_a_tokenizer_file_cuts_and_pads_no_document(
+    tmp_path: Path, folder: Path, kept: str
+) -> None:
+    tokenizer = byte_level_tokenizer()
+    if kept == "truncation":
+        tokenizer.enable_truncation(8)
+    else:
+        tokenizer.enable_padding(length=1000)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = corpus(folder, tokenizer=str(tmp_path))
+    # A token a byte, and one that ends each document.
+    written = sum(len(file.read_bytes()) + 1 for file in folder.glob("*.txt"))
+    assert len(data.train) + len(data.validation) == written
+
+
+def test_a_vocabulary_with_holes_is_as_large_as_its_highest_number(
+    tmp_path: Path, folder: Path
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.models.WordLevel({"[UNK]": 0, "document": 70_000}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = corpus(folder, tokenizer=str(tmp_path), validation_fraction=0.2)
+    assert data.vocab_size == 70_001
+    assert data.train[0] == 70_000
+
+
+def test_the_end_of_a_document_is_held_out_from_a_whole_character_on(tmp_path: Path) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    text = "aé€😀" * 100
+    for shift in range(10):
+        (tmp_path / "one.txt").write_text("." * shift + text, encoding="utf-8")
+        data = corpus(tmp_path, tokenizer=str(tmp_path), validation_fraction=0.3)
+        tokenizer = Tokenizer(str(tmp_path))
+        parts = [tokenizer.decode(part.tolist()) for part in (data.train, data.validation)]
+        assert "".join(part.removesuffix("\0") for part in parts) == "." * shift + text
 
 
 def encode(folder: Path) -> int:

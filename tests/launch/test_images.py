@@ -60,6 +60,37 @@ def test_pictures_are_labelled_by_their_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(data.images([2])[0, :, 1, 2], torch.tensor([1.0, -1.0, -0.6]))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_of_16_bits_keeps_its_range(tmp_path: Path, channels: int) -> None:
+    (tmp_path / "a").mkdir()
+    grey = np.linspace(0, 65535, 16).reshape(4, 4).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a" / "x.png")
+    image = data_of(tmp_path, channels=channels).images([0])[0]
+    expected = torch.linspace(-1, 1, 16).view(4, 4).expand(channels, 4, 4)
+    # Pictures have 8 bits a channel: half a step.
+    torch.testing.assert_close(image, expected, atol=1 / 255, rtol=0)
+
+
+def test_a_photograph_is_turned_as_its_camera_was(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    picture = Image.fromarray(np.eye(4, dtype=np.uint8) * 255).transpose(Image.Transpose.ROTATE_90)
+    picture.putpixel((0, 1), 128)
+    orientation = picture.getexif()
+    orientation[0x0112] = 6  # the top of the scene is on the left
+    picture.save(tmp_path / "a" / "x.png", exif=orientation)
+    seen = np.rot90(np.asarray(picture), -1).astype(np.float32) / 127.5 - 1
+    np.testing.assert_allclose(data_of(tmp_path, channels=1).images([0])[0, 0], seen, atol=1e-6)
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / ".ipynb_checkpoints" / "0.png")
+    data = data_of(tmp_path, channels=3)
+    assert data.source.classes == ["ants", "bees"]
+    assert data.labels(range(4)).tolist() == [0, 0, 1, 1]
+
+
 def test_pictures_of_mixed_size_are_refused_by_name(tmp_path: Path) -> None:
     write_pictures(tmp_path)
     Image.new("RGB", (4, 5)).save(tmp_path / "bees" / "odd.png")
@@ -165,6 +196,10 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (tmp_path / "a" / "y.npy").write_bytes(content)
         with pytest.raises(BadInput, match=r"y.npy: is no .npy array"):
             data_of(tmp_path, channels=1)
+    with (tmp_path / "a" / "y.npy").open("wb") as file:
+        np.savez(file, images=np.zeros((1, 4, 4)))
+    with pytest.raises(BadInput, match=r"y.npy: is no .npy array: holds several"):
+        data_of(tmp_path, channels=1)
 
 
 def test_the_digits_need_their_own_shape() -> None:

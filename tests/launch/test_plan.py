@@ -94,6 +94,14 @@ def test_plan_is_what_real_ranks_hold_keep_and_send(degrees: dict[str, Any]) -> 
     assert inside == pytest.approx(sent, rel=0.05)
 
 
+def test_heads_of_another_width_keep_as_much_as_they_are_wide() -> None:
+    wide = replace(MODEL, head_dim=64, mixture_of_depths=None)
+    ((_, kept, _),) = run_ranks(_real, 1, {}, wide)
+    planned = activation_numbers(wide, Mesh.single(), ROWS * SEQ_LEN)
+    # Rotary tables, log-sum-exps and masks are left out.
+    assert planned == pytest.approx(kept, rel=0.2)
+
+
 def test_zero_stage_is_the_lowest_that_fits() -> None:
     mesh = Mesh(data=4)
     whole = plan(run_config(), mesh, H100, mixed=False)
@@ -117,6 +125,12 @@ def test_recomputation_keeps_less() -> None:
     [
         (["--gpus", "6", "--meshes", "tensor=4"], "tensor=4: must divide the 6 ranks"),
         (["--gpus", "3", "--meshes", "tensor=3"], "vocab_size=256: must be a multiple of tensor=3"),
+        (
+            ["train.batch_size=8", "train.micro_batch_size=3", "--gpus", "2"],
+            "train.micro_batch_size=3: must divide 4, the rows of train.batch_size=8",
+        ),
+        # Keys may stand on both sides of an option.
+        (["--gpus", "2", "train.batch_size=0"], "train.batch_size=0: must be at least 1"),
         (["--gpus", "2", "--machine", "b9"], "--machine=b9: must be one of this, a100, h100, h200"),
     ],
 )

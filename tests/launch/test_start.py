@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from launch.errors import BadInput
-from launch.progress import clock, rate
 from launch.start import count_ranks
 
 
@@ -41,18 +40,6 @@ def test_ranks_of_several_nodes_are_those_of_the_hostfile(tmp_path: Path) -> Non
 def test_a_wrong_hostfile_is_one_line(text: str, line: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=re.escape(line)):
         count_ranks(hostfile(tmp_path, text), gpus=2)
-
-
-@pytest.mark.parametrize(
-    ("flops", "said"),
-    [(0, "0 FLOP/s"), (999, "999 FLOP/s"), (1.5e9, "1.5 GFLOP/s"), (7.89e14, "789 TFLOP/s")],
-)
-def test_rates_are_readable(flops: float, said: str) -> None:
-    assert rate(flops) == said
-
-
-def test_durations_are_readable() -> None:
-    assert [clock(s) for s in (0, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]
 
 
 # A launcher and a rank that listens, one that does not listen yet, and a launcher without ranks.

@@ -7,6 +7,7 @@ from torch import Tensor
 from adaptive.routing.collapse import (
     FluctuationProbe,
     cosine_spread,
+    experts_of_all_tokens,
     inter_run_consistency,
     representation_collapse,
     routing_fluctuation,
@@ -77,6 +78,29 @@ def test_a_probe_compares_each_layer_with_the_time_before() -> None:
     second = records([[0], [1]], [[2], [0]])
     probe.update(second)
     assert [float(r.statistics["collapse/fluctuation"]) for r in second] == [0, 0.5]
+
+
+def test_experts_behind_a_layer_that_skips_tokens_are_not_compared() -> None:
+    """They get other tokens, and another number of them, each time."""
+
+    def records(taken: list[bool]) -> list[RoutingRecord]:
+        experts = {"kind": "mixture_of_experts", "executed": 2, "load": torch.ones(4)}
+        inside, outside = torch.zeros(sum(taken), 1).long(), torch.zeros(3, 1).long()
+        chosen = torch.tensor(taken)
+        return [
+            RoutingRecord("layers.1.block.ffn", tokens=sum(taken), chosen=inside, **experts),
+            RoutingRecord("layers.1", "mixture_of_depths", 3, sum(taken), chosen=chosen),
+            RoutingRecord("layers.10.ffn", tokens=3, chosen=outside, **experts),
+        ]
+
+    probe = FluctuationProbe()
+    for taken in ([True, True, False], [True, False, False], [False, True, False]):
+        latest = records(taken)
+        probe.update(latest)
+    assert [list(record.statistics) for record in latest] == [[], [], ["collapse/fluctuation"]]
+    # A layer that skips nothing shows its experts every token.
+    everything = records([True] * 3)
+    assert experts_of_all_tokens(everything) == [everything[0], everything[2]]
 
 
 def test_consistency_is_the_mean_pearson_correlation() -> None:

@@ -1,0 +1,51 @@
+"""What a run says on the terminal: rates of steps, readable numbers."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from launch import progress
+from launch.loop import StepReport
+from launch.progress import Progress, clock, rate
+
+REPORT = StepReport(2.0, 100, 4e6, 6e6, False, [])
+
+
+@pytest.mark.parametrize(
+    ("flops", "said"),
+    [
+        (0, "0 FLOP/s"),
+        (999, "999 FLOP/s"),
+        (9.997e11, "1 TFLOP/s"),
+        (1.5e9, "1.5 GFLOP/s"),
+        (7.89e14, "789 TFLOP/s"),
+    ],
+)
+def test_rates_are_readable(flops: float, said: str) -> None:
+    assert rate(flops) == said
+
+
+def test_durations_are_readable() -> None:
+    assert [clock(s) for s in (0, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]
+
+
+def test_an_evaluation_between_two_steps_slows_no_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    said = Progress(steps=8, every=2, name="step", speak=True)
+    for step in range(1, 5):
+        now[0] += 0.5
+        said.step(step, REPORT, 0.5)
+        if step == 2:
+            now[0] += 60  # an evaluation
+    first, second = capsys.readouterr().out.splitlines()
+    for line in (first, second):
+        assert "200 tokens/s" in line
+        assert "8 MFLOP/s executed, 12 MFLOP/s nominal" in line
+    # What is left is told by the clock: there will be evaluations again.
+    assert re.search(r"1:02 left$", second)
