@@ -25,7 +25,14 @@ from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
 from adaptive.models.acm_conversion import convert, distil, rows_of_learners, train_gates
 from adaptive.models.decoder import Decoder
 from adaptive.routing.forced import force_choices
-from launch.checkpoints import RunState, WholeState, find_checkpoint, load_model, write_whole
+from launch.checkpoints import (
+    RunState,
+    WholeState,
+    find_checkpoint,
+    load_model,
+    named_tensors,
+    write_whole,
+)
 from launch.config import RunConfig, save_resolved
 from launch.data import Corpus
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
@@ -166,7 +173,7 @@ def write(student: Decoder, config: RunConfig, output: Path) -> Path:
         checkpoint=replace(config.checkpoint, resume="auto"),
     )
     whole = WholeState(
-        weights=dict(student.state_dict()),
+        weights=named_tensors(student),
         exp_avg={},
         exp_avg_sq={},
         state=RunState(),

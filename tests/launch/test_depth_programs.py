@@ -9,7 +9,14 @@ import torch
 
 from adaptive.models import Decoder
 from launch import convert_acm, convert_duo, oracle
-from launch.checkpoints import RunState, load_model, read_state, save_tensors, write_description
+from launch.checkpoints import (
+    RunState,
+    load_model,
+    named_tensors,
+    read_state,
+    save_tensors,
+    write_description,
+)
 from launch.config import from_mapping
 from launch.preflight import check_run
 from parallel.checkpoint import save_atomically
@@ -31,7 +38,7 @@ def run_folder(root: Path, **routing: Any) -> Path:
     decoder = Decoder(config.model)
 
     def write(at: Path) -> None:
-        save_tensors(dict(decoder.state_dict()), at / "model.safetensors")
+        save_tensors(named_tensors(decoder), at / "model.safetensors")
         write_description(at, RunState(step=1), config)
 
     save_atomically(root / "run" / "checkpoints", 1, write, keep=1)
@@ -101,6 +108,21 @@ def test_a_second_size_is_the_beginning_of_a_run_and_keeps_the_function(
     check_run(config, ranks=1)
     line = refusal(capsys, convert_duo, folder, "--output", tmp_path / "x", "--budget", 2)
     assert "budget=2.0: must be in (0, 1]" in line
+
+
+@pytest.mark.parametrize("program", [convert_acm, convert_duo])
+def test_a_model_with_tied_embeddings_is_converted(
+    program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint holds tied weights once; twice, safetensors refuses them after all the work."""
+    folder, converted = run_folder(tmp_path, tie_embeddings=True), tmp_path / "converted"
+    steps = ["--distil-steps", "1", "--gate-steps", "1"] if program is convert_acm else []
+    program.main([str(folder), "--output", str(converted), "--batch-size", "1", "--rows=1", *steps])
+    model, config = load_model(converted)
+    assert model.output.weight is model.embedding.weight
+    teacher, _ = load_model(folder)
+    torch.testing.assert_close(model.embedding.weight, teacher.embedding.weight)
+    check_run(config, ranks=1)
 
 
 def test_recipes_that_make_no_sense_are_refused() -> None:
