@@ -78,7 +78,10 @@ def distill_checkpoint(
     model, config = load_model(folder)
     if not isinstance(model, Decoder) or config.model.pattention is not None:
         raise BadInput(f"{folder}: must be a decoder of linear layers, without model.pattention")
-    successor = replace(config.model, pattention=pattention)
+    try:
+        successor = replace(config.model, pattention=pattention)
+    except ValueError as error:
+        raise BadInput(f"{folder}: model.{error}") from None
     students = students_of_decoder(model, successor, seed=config.train.seed)
     task = task_class(config.task)(config, mesh=Mesh.single(), device=torch.device("cpu"))
     before = held_out_loss(model, task)

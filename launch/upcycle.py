@@ -42,6 +42,7 @@ from launch.checkpoints import (
 from launch.config import RunConfig, from_mapping, save_resolved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.options import check_seed
+from launch.writable import check_folder
 from parallel.checkpoint import save_atomically
 
 
@@ -73,6 +74,7 @@ def convert(arguments: argparse.Namespace) -> str:
     out: Path = arguments.out
     if out.exists():
         raise BadInput(f"{out}: exists; give a new folder")
+    check_folder("out", out)
     weights, config, run = read(arguments.source)
     if config.mixture_of_experts is None:
         experts = MixtureOfExpertsConfig(

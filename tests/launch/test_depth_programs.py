@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaptive.models import Decoder
-from launch import convert_acm, convert_duo, oracle
+from launch import convert_acm, convert_duo, convert_tokenformer, distill, oracle, upcycle
 from launch.checkpoints import (
     RunState,
     load_model,
@@ -86,7 +86,7 @@ def test_conversion_is_the_beginning_of_a_run_and_keeps_the_function(
     assert read_state(tuned / "checkpoints" / "step-00000000").step == 0
     check_run(config, ranks=1)
     line = refusal(capsys, convert_acm, folder, "--output", tuned)
-    assert "holds checkpoints of another run" in line
+    assert "already holds checkpoints" in line
     line = refusal(capsys, convert_acm, folder, "--output", tmp_path / "x", "--learners", 5)
     assert "num_learners=5: must divide ffn_dim=32" in line
 
@@ -123,6 +123,39 @@ def test_a_model_with_tied_embeddings_is_converted(
     teacher, _ = load_model(folder)
     torch.testing.assert_close(model.embedding.weight, teacher.embedding.weight)
     check_run(config, ranks=1)
+
+
+SIZES = ["--tokens", 8, "--ffn-tokens", 8]
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (convert_acm, ["RUN", "--output", "/proc/x"]),
+        (convert_duo, ["RUN", "--output", "/proc/x"]),
+        (distill, ["RUN", "--output", "/proc/x", *SIZES]),
+        (upcycle, ["RUN", "/proc/x"]),
+        (convert_tokenformer, ["load", "w", "--num-heads", 2, "--output", "/proc/x"]),
+        (convert_tokenformer, ["save", "RUN", "/proc/x"]),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    program: Any, words: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path)
+    line = refusal(capsys, program, *[folder if word == "RUN" else word for word in words])
+    assert "=/proc/x: /proc cannot be written" in line
+
+
+def test_what_cannot_be_converted_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = run_folder(tmp_path, sized_feed_forward={}), tmp_path / "out"
+    line = refusal(capsys, distill, folder, "--output", out, *SIZES)
+    assert "model.sized_feed_forward and pattention: give one of them" in line
+    line = refusal(capsys, convert_acm, folder, "--output", out, "--learning-rate", "nan")
+    assert line == "error: --learning-rate=nan: must be a number above 0"
+    assert not out.exists()
 
 
 def test_recipes_that_make_no_sense_are_refused() -> None:
