@@ -146,6 +146,15 @@ def test_full_depth_is_plain_decoding(family: str) -> None:
     assert drawn == made.tokens
 
 
+@pytest.mark.parametrize("prompts", [[[1, 2], []], [[]], [], [[1] * 65]])
+def test_skip_decode_refuses_prompts_that_it_cannot_continue(prompts: list[list[int]]) -> None:
+    """An empty one took the tokens of its neighbour, one too long gave none."""
+    model = decoder()
+    assert model.config.max_seq_len == 64
+    with pytest.raises(ValueError, match="prompt"):
+        generate_at_depth(model, prompts, SkipDecode(4, 4, 1, 4), max_new_tokens=2)
+
+
 def test_skip_decode_is_the_prefix_with_each_token_at_its_depth() -> None:
     """Without a cache: every token passes its own layers, among the tokens that passed them too."""
     model = decoder()
