@@ -41,6 +41,8 @@ class ExitAdapter(nn.Module):
     def of(model: Decoder, exit_layer: int) -> ExitAdapter:
         """An untrained adapter behind the first `exit_layer` layers of a model.
 
+        It has the model's device and dtype.
+
         Raises:
             ValueError: if that leaves no layer to draft with, or none to verify.
         """
@@ -49,9 +51,10 @@ class ExitAdapter(nn.Module):
                 f"exit_layer={exit_layer}: must be between 1 and {len(model.layers) - 1}"
             )
         config = model.config
-        return ExitAdapter(
+        adapter = ExitAdapter(
             config.dim, config.num_heads, exit_layer=exit_layer, rope_base=config.rope_base
         )
+        return adapter.to(model.embedding.weight)
 
     def forward(
         self, x_TD: Tensor, *, layout: TokenLayout, cache: KeyValueCache | None = None
@@ -96,7 +99,7 @@ class Drafting:
     Attributes:
         tokens: ids made so far, after the prompt.
         drafted, accepted: drafted tokens, and those that the whole model confirmed.
-        rounds: passes through the late layers.
+        rounds: passes through the late layers after the prompt's, which makes the first token.
     """
 
     tokens: list[int]
@@ -111,8 +114,9 @@ class Drafting:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens made for each pass through the late layers; 1 for plain decoding."""
-        return len(self.tokens) / max(self.rounds, 1)
+        """Tokens made for each round, the prompt's own not counted; 1 for plain decoding."""
+        # The first token comes with the prompt, before any round.
+        return (len(self.tokens) - 1) / self.rounds if self.rounds else 1.0
 
 
 class Speculator:
