@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptive.blocks.mixtral_weights import stacked
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
-from adaptive.models.decoder import DecoderConfig
+from adaptive.models.decoder import Decoder, DecoderConfig
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
 
@@ -127,7 +127,22 @@ def from_transformers(weights: Mapping[str, Tensor], config: DecoderConfig) -> d
             ours[f"layers.{layer}.{_SPARSE_OURS[theirs]}"] = tensor
     if config.tie_embeddings and "embedding.weight" in ours:
         ours["output.weight"] = ours["embedding.weight"]
+    with torch.device("meta"):
+        places = Decoder(config).state_dict()
+    for name in places:
+        if name not in ours:
+            raise ValueError(f"{_theirs(name)}: missing from the weights")
     return ours
+
+
+def _theirs(name: str) -> str:
+    """The published name of one of ours; that of a stacked tensor of experts is ours."""
+    names = {ours: theirs for theirs, ours in _WHOLE.items()}
+    if name in names:
+        return names[name]
+    _, layer, rest = name.split(".", 2)
+    names = {ours: theirs for theirs, ours in _LAYER.items()}
+    return f"model.layers.{layer}.{names.get(rest, rest)}"
 
 
 def mixtral_settings(config: DecoderConfig) -> dict[str, Any]:

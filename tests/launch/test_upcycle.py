@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adaptive.models import Decoder
 from launch.checkpoints import RunState, WholeState, load_model, write_whole
@@ -111,6 +112,19 @@ def test_bad_options_exit_with_one_line(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixtral_directory_without_a_shard_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved("mixtral", tmp_path / "in", num_local_experts=4)
+    weights = load_file(tmp_path / "in" / "model.safetensors")
+    lacking = {n: t for n, t in weights.items() if "layers.1." not in n}
+    save_file(lacking, tmp_path / "in" / "model.safetensors")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert "model.layers.1.input_layernorm.weight: missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

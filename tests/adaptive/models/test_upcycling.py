@@ -122,6 +122,18 @@ def test_mixtral_is_read_and_written_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"]
+)
+def test_a_tensor_that_is_missing_is_named(name: str, tmp_path: Path) -> None:
+    saved("mixtral", tmp_path, num_local_experts=4)
+    config = decoder_config(json.loads((tmp_path / "config.json").read_text()))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[name]
+    with pytest.raises(ValueError, match=f"{name}: missing from the weights"):
+        from_transformers(weights, config)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"top_k": 1}, "top_k=1: an upcycled mixture equals the dense model only with"),
