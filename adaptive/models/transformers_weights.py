@@ -88,6 +88,12 @@ def decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
         init_std=settings.get("initializer_range", 0.02),
     )
     if kind == "mixtral":
+        if settings["num_experts_per_tok"] < 2:
+            # There it has weight 1, whatever its probability, and no router learns.
+            raise ValueError(
+                f"num_experts_per_tok={settings['num_experts_per_tok']}: must be 2 or more, "
+                "one expert a token has another weight there"
+            )
         experts = MixtureOfExpertsConfig(
             num_experts=settings["num_local_experts"],
             top_k=settings["num_experts_per_tok"],

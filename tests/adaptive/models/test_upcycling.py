@@ -158,6 +158,10 @@ def test_what_could_not_equal_the_dense_model_is_one_clear_line(
         ({"model_type": "gpt2"}, "model_type='gpt2': must be one of llama"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn': only default"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': must be 'silu'"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1},
+            "num_experts_per_tok=1: must be 2 or more",
+        ),
     ],
 )
 def test_models_that_ours_cannot_be_are_one_clear_line(
