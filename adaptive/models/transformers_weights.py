@@ -46,17 +46,28 @@ _SPARSE_OURS = {
     "experts.gate_up_proj": "ffn.experts.gate_up_proj",
     "experts.down_proj": "ffn.experts.down_proj",
 }
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+_NEEDED_OF_EXPERTS = ("num_local_experts", "num_experts_per_tok")
 
 
 def decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
     """The configuration of a decoder from a config.json.
 
     Raises:
-        ValueError: names the setting that our decoder cannot express.
+        ValueError: names the setting that is missing or that our decoder cannot express.
     """
     kind = settings.get("model_type")
     if kind not in SUPPORTED:
         raise ValueError(f"model_type={kind!r}: must be one of {', '.join(SUPPORTED)}")
+    for name in _NEEDED + _NEEDED_OF_EXPERTS * (kind == "mixtral"):
+        if name not in settings:
+            raise ValueError(f"{name}: missing from the settings")
     for name, plain in (("hidden_act", ("silu",)), ("mlp_bias", (False, None))):
         if settings.get(name, plain[0]) not in plain:
             raise ValueError(f"{name}={settings[name]!r}: must be {plain[0]!r}")

@@ -128,6 +128,28 @@ def test_a_mixtral_directory_without_a_shard_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json: is no JSON"),
+        ("config.json", "[]", "config.json: must hold the settings"),
+        ("config.json", '{"model_type": "llama"}', "vocab_size: missing from the settings"),
+        ("model.safetensors", "cut", "model.safetensors: cannot be read"),
+    ],
+)
+def test_a_directory_that_cannot_be_read_is_one_line(
+    file: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved("llama", tmp_path / "in")
+    (tmp_path / "in" / file).write_text(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 def test_an_existing_folder_is_not_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
