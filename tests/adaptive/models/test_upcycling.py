@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.transformers_weights import (
     decoder_config,
@@ -97,6 +99,22 @@ def test_our_dense_decoder_is_upcycled_to_the_same_logits(schedule: Any, router:
         for parameter in sparse.parameters():
             parameter.zero_()
     assert all(p.abs().sum() > 0 for p in dense.parameters())
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"mixture_of_depths": MixtureOfDepthsConfig(capacity=0.5)},
+        {"skip_layer": SkipLayerConfig()},
+    ],
+)
+def test_layers_that_route_tokens_are_upcycled_inside(routing: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "num_heads": 4, "num_layers": 2, "ffn_dim": 48, "init_std": 0.3}
+    dense = Decoder(DecoderConfig(**sizes, **routing)).eval()
+    sparse = upcycled(dense, EXPERTS)
+    assert sparse.layers[1].block.ffn.experts.down_proj.shape == (4, 32, 48)
+    torch.testing.assert_close(sparse(ids()), dense(ids()), atol=1e-4, rtol=0)
 
 
 def test_mixtral_is_read_and_written_back(tmp_path: Path) -> None:
