@@ -143,8 +143,12 @@ class Tokenizer:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception
             raise BadInput(f"data.tokenizer={name}: {error}") from None
+        # A file may say to cut or pad what it encodes, for some model's inputs: not a corpus.
+        cuts = self._inner.truncation is not None or self._inner.padding is not None
+        self._inner.no_truncation()
+        self._inner.no_padding()
         self.vocab_size = self._inner.get_vocab_size()
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest() + " whole" * cuts
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
@@ -156,6 +160,16 @@ class Tokenizer:
         if self._inner is None:
             return np.frombuffer(text, dtype=np.uint8)
         return np.asarray(self._inner.encode(text.decode("utf-8", "replace")).ids, self.dtype)
+
+    def encode_prompt(self, text: bytes) -> list[int]:
+        """Tokens of a text to go on from: without those that the tokenizer puts behind a text."""
+        if self._inner is None:
+            return list(text)
+        ids = self._inner.encode(text.decode("utf-8", "replace")).ids
+        # Counted behind some text: of an empty one nothing tells what begins from what ends it.
+        added = self._inner.encode("a").special_tokens_mask
+        behind = len(list(itertools.takewhile(bool, reversed(added))))
+        return ids[: len(ids) - behind]
 
     def decode(self, ids: list[int]) -> str:
         if self._inner is None:

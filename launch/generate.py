@@ -98,7 +98,7 @@ def sample(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(config.data.tokenizer)
     # Bytes, whatever they are: a prompt cut in the middle of a character is still a prompt.
     given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
-    prompt = [int(token) for token in tokenizer.encode(given)]
+    prompt = tokenizer.encode_prompt(given)
     try:
         check_prompts(model, [prompt])
     except ValueError as error:
