@@ -93,6 +93,21 @@ def test_probabilities_against_a_loop() -> None:
         assert got == pytest.approx(want, abs=1e-6)
 
 
+def test_of_equal_logits_no_more_than_k_are_drawn_from() -> None:
+    """In 16 bits many are equal to the k-th: 52 tokens passed for 50."""
+    logits_BV = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert ((Sampling(top_k=50).probabilities(logits_BV) > 0).sum(1) == 50).all()
+    got = Sampling(top_k=2).probabilities(torch.tensor([[1.0, 3.0, 3.0, 3.0]]))
+    assert got.tolist() == [[0.0, 0.5, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+def test_the_lowest_temperatures_take_the_likeliest(temperature: float) -> None:
+    logits_BV = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)) * 50
+    drawn = Sampling(temperature=temperature, top_k=5, top_p=0.9).draw(logits_BV)
+    assert torch.equal(drawn, logits_BV.argmax(1))
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits_BV = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20000, 4)
     sampling = Sampling(temperature=1.5, top_k=3)
