@@ -153,6 +153,16 @@ def test_wrong_configurations_end_in_one_line(options: dict[str, Any], message: 
         replace(CONFIG, **options)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (4, 2), (8,)])
+def test_masks_and_targets_have_the_shape_of_the_ids(shape: tuple[int, ...]) -> None:
+    """Of a mask, what it is True at was read off the flattened ids, whosever tokens these are."""
+    model, other = build(CONFIG), torch.ones(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"token_mask of shape .*: must be \[2, 4\]"):
+        model(ids(2, 4), other)
+    with pytest.raises(ValueError, match=r"targets of shape .*: must be \[2, 4\]"):
+        model.token_losses(ids(2, 4), other)
+
+
 def test_layout_and_mask_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="layout and token_mask: give one of them"):
         build(CONFIG)(ids(1, 4), torch.ones(1, 4).bool(), layout=TokenLayout.dense(1, 4))
