@@ -111,6 +111,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change: Any, message: str) ->
         )
 
 
+def test_kept_tokens_of_another_image_are_refused() -> None:
+    with pytest.raises(ValueError, match="keep_ids: holds 20, must be different numbers between 0"):
+        tiny()(*inputs(2), keep_ids=torch.tensor([[0, 20], [3, 5]]))
+
+
 def test_classifier_free_guidance_runs_the_middle_for_both_halves() -> None:
     model = tiny().eval()
     x, t, y = inputs()
