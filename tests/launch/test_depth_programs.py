@@ -153,6 +153,11 @@ def test_what_cannot_be_converted_is_one_line(
     folder, out = run_folder(tmp_path, sized_feed_forward={}), tmp_path / "out"
     line = refusal(capsys, distill, folder, "--output", out, *SIZES)
     assert "model.sized_feed_forward and pattention: give one of them" in line
+    (tmp_path / "routed").mkdir()
+    routed = run_folder(tmp_path / "routed", mixture_of_depths={"capacity": 0.5})
+    for program in (convert_acm, convert_duo):
+        line = refusal(capsys, program, routed, "--output", out)
+        assert "mixture_of_depths: must be null, a layer is judged by what every token" in line
     line = refusal(capsys, convert_acm, folder, "--output", out, "--learning-rate", "nan")
     assert line == "error: --learning-rate=nan: must be a number above 0"
     assert not out.exists()
