@@ -182,7 +182,7 @@ def load_adapter(path: Path, model: Decoder) -> ExitAdapter:
             about = json.loads((file.metadata() or {})[_METADATA])
         adapter = ExitAdapter.of(model, int(about["exit_layer"]))
         adapter.load_state_dict(load_file(path))
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(
             f"--exit-adapter={path}: is not an adapter of this model: {reason}"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from adaptive.models import Decoder
@@ -91,6 +92,17 @@ def test_wrong_options_are_refused_in_one_line(
     assert "1 <= last <= first <= 4" in refusal(capsys, generate, folder, "--skip-decode", "9:1")
     assert "needs --exit-adapter" in refusal(capsys, generate, folder, "--compare")
     assert "between 1 and 3" in refusal(capsys, train_exit, folder, "--exit-layer", 4)
+    for option, value, rule in (
+        ("--output", "/proc/adapter", "/proc cannot be written"),
+        ("--learning-rate", "nan", "must be a number above 0"),
+        ("--seed", -1, "must be between 0 and"),
+    ):
+        line = refusal(capsys, train_exit, folder, option, value)
+        assert line.startswith(f"error: {option}={value}: {rule}")
+    save_file({"a": torch.ones(1)}, nothing, metadata={"exit_adapter": "[2]"})
+    assert "is not an adapter" in refusal(
+        capsys, generate, folder, *GREEDY, "--exit-adapter", nothing
+    )
     (folder / "other.safetensors").write_bytes(b"not one")
     assert "is not an adapter of this model" in refusal(
         capsys, generate, folder, *GREEDY, "--exit-adapter", folder / "other.safetensors"

@@ -150,9 +150,13 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(
 def test_what_cannot_be_converted_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, out = run_folder(tmp_path, sized_feed_forward={}), tmp_path / "out"
+    (tmp_path / "sized").mkdir()
+    folder, out = run_folder(tmp_path / "sized", sized_feed_forward={}), tmp_path / "out"
     line = refusal(capsys, distill, folder, "--output", out, *SIZES)
     assert "model.sized_feed_forward and pattention: give one of them" in line
+    dense = run_folder(tmp_path)
+    line = refusal(capsys, distill, dense, "--output", out, *SIZES, "--max_tokens", 3)
+    assert line == "error: --max_tokens=3: 3 tokens: must be at least 5, a fifth is held out"
     (tmp_path / "routed").mkdir()
     routed = run_folder(tmp_path / "routed", mixture_of_depths={"capacity": 0.5})
     for program in (convert_acm, convert_duo):
