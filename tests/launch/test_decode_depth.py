@@ -1,5 +1,6 @@
 """Early exit and SkipDecode from the command line."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,17 @@ def test_skip_decode_at_full_depth_is_plain(
     assert "4.00 of 4 layers a token" in told
     _, told = run(capsys, generate, folder, *GREEDY, "--skip-decode", "4:2")
     assert "of 4 layers a token" in told
+
+
+def test_control_characters_do_not_steer_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [folder, "--prompt", "\x1b[2J", "--max-tokens", 3, "--skip-decode", "4:2"]
+    out, _ = run(capsys, generate, *words)
+    assert out.startswith("\x1b[2J")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out, _ = run(capsys, generate, *words)
+    assert out.startswith("\u241b[2J")
 
 
 def test_wrong_options_are_refused_in_one_line(
