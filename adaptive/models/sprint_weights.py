@@ -76,8 +76,12 @@ def to_sprint(model: DiffusionTransformer) -> dict[str, Tensor]:
 
     Raises:
         ValueError: for a setting that the names cannot tell: read back, the model would compute
-            another function.
+            another function. For a part of a model that tensor ranks share.
     """
+    if model.mesh.tensor > 1:
+        raise ValueError(
+            "this rank holds a part of the weights: load a checkpoint on one rank and save that"
+        )
     for name, official in (("paths", "both"), ("rope_base", 10000.0)):
         if getattr(model.config, name) != official:
             raise ValueError(

@@ -133,6 +133,10 @@ def tokenformer_state_dict(model: Decoder) -> dict[str, Tensor]:
             compute another function.
     """
     config = model.config
+    if model.mesh.tensor > 1 or model.mesh.expert > 1:
+        raise ValueError(
+            "this rank holds a part of the weights: load a checkpoint on one rank and save that"
+        )
     if config.pattention is None or config.norm != "parameter_free" or config.tie_embeddings:
         raise ValueError(
             "this decoder: must have pattention, norm: parameter_free and untied embeddings"

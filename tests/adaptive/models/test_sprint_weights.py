@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adaptive.models import DiffusionConfig, DiffusionTransformer
+from parallel.mesh import Mesh
 
 
 def model_of(**changes: Any) -> DiffusionTransformer:
@@ -53,3 +54,10 @@ def test_a_model_comes_back_as_the_same_function(changes: dict[str, Any]) -> Non
 def test_what_the_names_cannot_tell_is_not_written(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         model_of(**changes).sprint_state_dict()
+
+
+def test_a_part_of_a_model_is_not_written() -> None:
+    config = DiffusionConfig(image_size=8, dim=16, num_heads=2)
+    model = DiffusionTransformer(config, mesh=Mesh(tensor=2))
+    with pytest.raises(ValueError, match="this rank holds a part of the weights"):
+        model.sprint_state_dict()

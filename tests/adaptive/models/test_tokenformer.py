@@ -25,6 +25,7 @@ from adaptive.models.tokenformer import (
     tokenformer_config,
     tokenformer_state_dict,
 )
+from parallel.mesh import Mesh
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "tokenformer_lm.safetensors"
 
@@ -130,6 +131,12 @@ def test_what_published_names_cannot_tell_is_not_written(changes, line):
     """Read back, a model with other rotary positions or a top-k computed another function."""
     with pytest.raises(ValueError, match=line):
         tokenformer_state_dict(Decoder(tiny(**changes)))
+
+
+def test_a_part_of_a_model_is_not_written():
+    """Half the parameter tokens and half the vocabulary were read back as a smaller model."""
+    with pytest.raises(ValueError, match="this rank holds a part of the weights"):
+        tokenformer_state_dict(Decoder(tiny(vocab_size=38), mesh=Mesh(tensor=2)))
 
 
 @pytest.mark.parametrize(
