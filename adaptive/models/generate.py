@@ -139,8 +139,10 @@ def generate(
             route causally needs (see `non_causal_layers`).
 
     Raises:
-        ValueError: an empty prompt, or one longer than the model's `max_seq_len`.
+        ValueError: an empty prompt, or one longer than the model's `max_seq_len`; a model that
+            tensor or context ranks share.
     """
+    check_whole(model)
     longest = check_prompts(model, prompts)
     sampling = Sampling() if sampling is None else sampling
     cache = Cache(model, len(prompts)) if cached else None
@@ -177,6 +179,16 @@ def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> int:
             f"max_seq_len={model.config.max_seq_len}"
         )
     return max(lengths)
+
+
+def check_whole(model: Decoder) -> None:
+    """Raise ValueError if this rank holds a part of the model, or of the tokens, only."""
+    mesh = model.mesh
+    for name, size in (("tensor", mesh.tensor), ("context", mesh.context)):
+        if size > 1:
+            raise ValueError(
+                f"{name}={size}: must be 1 to generate; load the checkpoint on one rank"
+            )
 
 
 def non_causal_layers(model: nn.Module) -> list[str]:

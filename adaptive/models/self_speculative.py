@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adaptive.models.cache import Cache, LayerCache
 from adaptive.models.decode_depth import refuse_non_causal, run_layers
 from adaptive.models.decoder import Decoder
+from adaptive.models.generate import check_whole
 from adaptive.models.layers import Attention, KeyValueCache, RMSNorm
 from adaptive.routing.layout import TokenLayout
 
@@ -135,7 +136,8 @@ class Speculator:
         max_draft: most tokens of a round.
 
     Raises:
-        ValueError: if an option is out of range, or the model looks at later tokens.
+        ValueError: if an option is out of range, or the model looks at later tokens or is shared
+            by ranks.
 
     Source: Kangaroo, arXiv 2404.18911, section 3.
     """
@@ -151,6 +153,7 @@ class Speculator:
             raise ValueError(
                 f"exit_layer={adapter.exit_layer}: must be between 1 and {len(model.layers) - 1}"
             )
+        check_whole(model)
         refuse_non_causal(model)
         self.model, self.adapter = model, adapter
         self.threshold, self.max_draft = threshold, max_draft

@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from adaptive import MixtureOfDepths
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
+from adaptive.models.decode_depth import SkipDecode, generate_at_depth
 from adaptive.models.generate import Generation, Sampling, generate, non_causal_layers
+from adaptive.models.self_speculative import ExitAdapter, Speculator
+from parallel.mesh import Mesh
 
 DENSE = DecoderConfig(vocab_size=40, dim=32, num_layers=4, num_heads=4, max_seq_len=48)
 ROUTED = dataclasses.replace(DENSE, mixture_of_depths=MixtureOfDepthsConfig(capacity=0.25))
@@ -139,6 +142,20 @@ def test_layers_that_look_ahead_are_named() -> None:
 def test_prompts_that_cannot_be_continued(prompts: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(generate(build(DENSE), prompts, max_new_tokens=1))
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_a_model_that_ranks_share_does_not_generate(axis: str) -> None:
+    """Each tensor rank drew from its own part of the vocabulary, and went on with that."""
+    model = build(DENSE)
+    model.mesh = Mesh(**{axis: 2})
+    message = f"{axis}=2: must be 1 to generate"
+    with pytest.raises(ValueError, match=message):
+        next(generate(model, PROMPTS, max_new_tokens=1))
+    with pytest.raises(ValueError, match=message):
+        generate_at_depth(model, PROMPTS, SkipDecode(4, 4, 1, 4), max_new_tokens=1)
+    with pytest.raises(ValueError, match=message):
+        Speculator(model, ExitAdapter.of(model, 1))
 
 
 @pytest.mark.parametrize(
