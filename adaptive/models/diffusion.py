@@ -275,7 +275,12 @@ class DiffusionTransformer(nn.Module):
         null = torch.full_like(y, self.null_label)
         doubled = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         if guidance == "classifier_free":
-            both = self(*doubled)
+            whole: dict[str, Tensor] = {}
+            if self.training:  # which draws other tokens for either half
+                every = torch.arange(self.config.tokens, device=x.device)
+                whole = {"keep_ids": every.expand(2 * len(y), -1)}
+                whole["drop_path"] = torch.zeros(2 * len(y), dtype=torch.bool)
+            both = self(*doubled, **whole)
         else:
             both = self._half_without_middle(*doubled)
         conditional, unconditional = both.chunk(2)
