@@ -107,8 +107,14 @@ class DecoderConfig:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.head_dim is not None and self.head_dim < 1:
-            raise ValueError(f"head_dim={self.head_dim}: must be at least 1")
+        for name in ("head_dim", "ffn_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base={self.rope_base}: must be above 0")
+        for name in ("norm_eps", "init_std"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads}: must divide dim={self.dim}")
         if self.kv_heads < 1 or self.num_heads % self.kv_heads:

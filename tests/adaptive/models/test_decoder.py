@@ -146,6 +146,11 @@ def test_annealing_reaches_every_routed_layer() -> None:
         ({"num_layers": 0}, "num_layers=0: must be at least 1"),
         ({"norm": "batch"}, "norm='batch': must be rms or parameter_free"),
         ({"rotary_fraction": 2.0}, r"rotary_fraction=2.0: must be in \[0, 1\]"),
+        ({"ffn_dim": -1}, "ffn_dim=-1: must be at least 1"),
+        ({"rope_base": 0.0}, "rope_base=0.0: must be above 0"),
+        ({"rope_base": float("nan")}, "rope_base=nan: must be above 0"),
+        ({"norm_eps": -1.0}, "norm_eps=-1.0: must be 0 or more"),
+        ({"init_std": -1.0}, "init_std=-1.0: must be 0 or more"),
     ],
 )
 def test_wrong_configurations_end_in_one_line(options: dict[str, Any], message: str) -> None:
