@@ -131,7 +131,7 @@ def main() -> None:
             "same_text": [d.tokens for d in drafts] == texts,
             "acceptance": round(accepted / max(drafted, 1), 3),
             "tokens_per_round": round(
-                sum(len(d.tokens) for d in drafts) / max(sum(d.rounds for d in drafts), 1), 2
+                sum(len(d.tokens) - 1 for d in drafts) / max(sum(d.rounds for d in drafts), 1), 2
             ),
         }
         print(f"{name:28s} {results[name]}")

@@ -25,11 +25,20 @@ from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
 from adaptive.models.acm_conversion import convert, distil, rows_of_learners, train_gates
 from adaptive.models.decoder import Decoder
 from adaptive.routing.forced import force_choices
-from launch.checkpoints import RunState, WholeState, find_checkpoint, load_model, write_whole
+from launch.checkpoints import (
+    RunState,
+    WholeState,
+    find_checkpoint,
+    load_model,
+    named_tensors,
+    write_whole,
+)
 from launch.config import RunConfig, save_resolved
 from launch.data import Corpus
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
-from parallel.checkpoint import newest_intact, save_atomically
+from launch.grow import check_output
+from launch.options import check_positive
+from parallel.checkpoint import save_atomically
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -67,11 +76,11 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             raise BadInput(f"{flag}={getattr(options, name)}: must be at least 1")
+    check_positive(options, "learning_rate")
     if not 0 < options.label_threshold <= 1:
         raise BadInput(f"--label-threshold={options.label_threshold}: must be in (0, 1]")
     source, output = find_checkpoint(options.checkpoint), Path(options.output)
-    if newest_intact(output / "checkpoints") is not None:
-        raise BadInput(f"--output={output}: holds checkpoints of another run")
+    check_output(output, source)
     teacher, config = load_model(source)
     if not isinstance(teacher, Decoder):
         raise BadInput(f"{source}: holds a {type(teacher).__name__}, not a text decoder")
@@ -166,7 +175,7 @@ def write(student: Decoder, config: RunConfig, output: Path) -> Path:
         checkpoint=replace(config.checkpoint, resume="auto"),
     )
     whole = WholeState(
-        weights=dict(student.state_dict()),
+        weights=named_tensors(student),
         exp_avg={},
         exp_avg_sq={},
         state=RunState(),

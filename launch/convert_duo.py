@@ -26,7 +26,7 @@ from launch.checkpoints import find_checkpoint, load_model
 from launch.convert_acm import training_rows, write
 from launch.data import Corpus
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
-from parallel.checkpoint import newest_intact
+from launch.grow import check_output
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -57,8 +57,7 @@ def run(options: argparse.Namespace) -> None:
             flag = f"--{name.replace('_', '-')}"
             raise BadInput(f"{flag}={getattr(options, name)}: must be at least 1")
     source, output = find_checkpoint(options.checkpoint), Path(options.output)
-    if newest_intact(output / "checkpoints") is not None:
-        raise BadInput(f"--output={output}: holds checkpoints of another run")
+    check_output(output, source)
     teacher, config = load_model(source)
     if not isinstance(teacher, Decoder):
         raise BadInput(f"{source}: holds a {type(teacher).__name__}, not a text decoder")

@@ -35,6 +35,7 @@ from launch.checkpoints import (
 )
 from launch.config import load_config, save_resolved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.writable import check_file, check_folder
 from parallel.checkpoint import newest_intact, save_atomically
 
 
@@ -75,8 +76,10 @@ def load_published(
     """Begin the run `output` with published weights; its checkpoint.
 
     Raises:
-        BadInput: the file holds no TokenFormer, or the output holds checkpoints.
+        BadInput: the file holds no TokenFormer, or the output cannot be written or holds
+            checkpoints.
     """
+    check_folder("--output", output)
     if newest_intact(output / "checkpoints") is not None:
         raise BadInput(f"--output={output}: already holds checkpoints; choose a new folder")
     config = load_config(recipe, [f"output={output}"])
@@ -96,10 +99,9 @@ def save_published(checkpoint: str, weights: Path) -> Path:
     """Write a run's weights under their published names.
 
     Raises:
-        BadInput: its model has no published form, or the folder does not exist.
+        BadInput: its model has no published form, or the file cannot be written.
     """
-    if not weights.absolute().parent.is_dir():
-        raise BadInput(f"{weights}: its folder does not exist")
+    check_file("weights", weights)
     model, _ = load_model(checkpoint)
     if not isinstance(model, Decoder):
         raise BadInput(f"{checkpoint}: must be a language model")

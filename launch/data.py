@@ -162,6 +162,16 @@ class Tokenizer:
             return np.frombuffer(text, dtype=np.uint8)
         return np.asarray(self._inner.encode(text.decode("utf-8", "replace")).ids, self.dtype)
 
+    def encode_prompt(self, text: bytes) -> list[int]:
+        """Tokens of a text to go on from: without those that the tokenizer puts behind a text."""
+        if self._inner is None:
+            return list(text)
+        ids = self._inner.encode(text.decode("utf-8", "replace")).ids
+        # Counted behind some text: of an empty one nothing tells what begins from what ends it.
+        added = self._inner.encode("a").special_tokens_mask
+        behind = len(list(itertools.takewhile(bool, reversed(added))))
+        return ids[: len(ids) - behind]
+
     def decode(self, ids: list[int]) -> str:
         if self._inner is None:
             return bytes(ids).decode("utf-8", "replace")

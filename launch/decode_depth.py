@@ -18,6 +18,7 @@ from adaptive.models.generate import Sampling, generate
 from adaptive.models.self_speculative import ExitAdapter, Speculator
 from launch.data import Tokenizer
 from launch.errors import BadInput
+from launch.terminal import shown
 
 _METADATA = "exit_adapter"
 
@@ -85,7 +86,7 @@ def decode(
         else:
             tokens, told = _skip(options, model, tokenizer, prompt, sampling)
         seconds = time.perf_counter() - begun
-        print(tokenizer.decode(prompt + tokens))
+        print(shown(tokenizer.decode(prompt + tokens), sys.stdout))
         line = f"{len(tokens)} tokens in {seconds:.2f} s, {len(tokens) / seconds:.0f} tokens/s"
         print(f"{line}, {told}", file=sys.stderr)
         if options.compare:
@@ -182,7 +183,7 @@ def load_adapter(path: Path, model: Decoder) -> ExitAdapter:
             about = json.loads((file.metadata() or {})[_METADATA])
         adapter = ExitAdapter.of(model, int(about["exit_layer"]))
         adapter.load_state_dict(load_file(path))
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(
             f"--exit-adapter={path}: is not an adapter of this model: {reason}"

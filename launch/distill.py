@@ -71,22 +71,29 @@ def distill_checkpoint(
         The reports, and the loss on held-out rows before and after.
 
     Raises:
-        BadInput: the checkpoint is no dense decoder, or the output is in use.
+        BadInput: the checkpoint is no dense decoder, a layer sees too few tokens, or the output is
+            in use.
     """
     folder = find_checkpoint(source)
     check_output(output, folder)
     model, config = load_model(folder)
     if not isinstance(model, Decoder) or config.model.pattention is not None:
         raise BadInput(f"{folder}: must be a decoder of linear layers, without model.pattention")
-    successor = replace(config.model, pattention=pattention)
+    try:
+        successor = replace(config.model, pattention=pattention)
+    except ValueError as error:
+        raise BadInput(f"{folder}: model.{error}") from None
     students = students_of_decoder(model, successor, seed=config.train.seed)
     task = task_class(config.task)(config, mesh=Mesh.single(), device=torch.device("cpu"))
     before = held_out_loss(model, task)
     forwards = [_Forward(model, task, row) for row in range(_rows(task, fitting.max_tokens))]
     reports = []
-    for report in distill(model, forwards, students, config=fitting):
-        print(report, flush=True)
-        reports.append(report)
+    try:
+        for report in distill(model, forwards, students, config=fitting):
+            print(report, flush=True)
+            reports.append(report)
+    except ValueError as error:
+        raise BadInput(f"--max_tokens={fitting.max_tokens}: {error}") from None
     model.config = successor
     after = held_out_loss(model, task)
     checkpoint = _write(model, config, successor, output)

@@ -31,6 +31,7 @@ from launch.config import RunConfig
 from launch.data import Corpus, Tokenizer
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.options import check_counts, check_seed
+from launch.terminal import shown, visible
 
 _CALIBRATION_ROWS = 16
 
@@ -98,7 +99,7 @@ def sample(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(config.data.tokenizer)
     # Bytes, whatever they are: a prompt cut in the middle of a character is still a prompt.
     given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
-    prompt = [int(token) for token in tokenizer.encode(given)]
+    prompt = tokenizer.encode_prompt(given)
     try:
         check_prompts(model, [prompt])
     except ValueError as error:
@@ -195,8 +196,7 @@ class TextWriter:
         return len(made.prompts[0]) + len(made.tokens[0])
 
     def _write(self, text: str, made: Generation) -> None:
-        # Control characters that a model writes must not steer the terminal.
-        self._out.write(visible(text) if self._out.isatty() else text)
+        self._out.write(shown(text, self._out))
 
 
 class RoutingWriter(TextWriter):
@@ -221,15 +221,6 @@ class RoutingWriter(TextWriter):
             body = visible(part.rstrip("\r\n"))
             coloured = f"\x1b[48;5;{colour};30m{body}\x1b[0m" if body else ""
             self._out.write(coloured + ("\n" if part.endswith("\n") else ""))
-
-
-def visible(text: str) -> str:
-    """Control characters as the symbols that stand for them, except new line and tab."""
-    return "".join(
-        chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else "\u2421" if c == "\x7f" else c
-        for c in text
-        if not "\x80" <= c < "\xa0"
-    )
 
 
 def streaming_decoder(tokenizer: Tokenizer) -> Callable[[int | None, bool], str]:

@@ -37,6 +37,7 @@ from launch.checkpoints import (
 from launch.config import RunConfig, load_saved, save_resolved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.tasks import Task, task_class
+from launch.writable import check_folder
 from parallel.checkpoint import newest_intact, save_atomically
 from parallel.mesh import Mesh
 
@@ -259,10 +260,9 @@ def check_output(output: Path, source: Path) -> None:
     """Check that a new run can begin in `output` without touching the source's.
 
     Raises:
-        BadInput: it is the source's folder, or holds checkpoints.
+        BadInput: it cannot be written, is the source's folder, or holds checkpoints.
     """
-    if output.exists() and not output.is_dir():
-        raise BadInput(f"--output={output}: is a file, must be a folder")
+    check_folder("--output", output)
     run = source.parent.parent if source.parent.name == "checkpoints" else source
     if output.resolve() in (source.resolve(), source.resolve().parent, run.resolve()):
         raise BadInput(f"--output={output}: must be another folder than the source's")

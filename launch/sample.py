@@ -204,7 +204,8 @@ def _labels(options: argparse.Namespace, num_classes: int) -> Tensor:
     check_counts(options, "per_class", "batch_size")
     words = options.labels.split(",") if options.labels else [str(n) for n in range(num_classes)]
     for word in words:
-        if not word.strip().isdigit() or int(word) >= num_classes:
+        # `isdigit` takes what `int` does not, such as a superscript.
+        if not word.strip().isdecimal() or int(word) >= num_classes:
             raise BadInput(
                 f"--labels={options.labels}: {word!r} must be between 0 and {num_classes - 1}"
             )

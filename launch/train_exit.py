@@ -25,6 +25,8 @@ from launch.data import Corpus
 from launch.decode_depth import save_adapter
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.generate import chosen_device
+from launch.options import check_counts, check_positive, check_seed
+from launch.writable import check_file
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -49,10 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Load, train, save."""
-    for name in ("steps", "batch_size"):
-        if getattr(options, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise BadInput(f"{flag}={getattr(options, name)}: must be at least 1")
+    check_counts(options, "steps", "batch_size")
+    check_positive(options, "learning_rate")
+    check_seed(options.seed)
+    root = Path(options.checkpoint)
+    output = Path(options.output) if options.output else root / "exit-adapter.safetensors"
+    if options.output or root.is_dir():
+        check_file("--output", output)
     model, config = load_model(options.checkpoint)
     if not isinstance(model, Decoder):
         raise BadInput(f"{options.checkpoint}: holds a {type(model).__name__}, not a text decoder")
@@ -70,8 +75,6 @@ def train(options: argparse.Namespace) -> None:
                 f"step {number}/{options.steps}  cross-entropy {loss:.4f}  same token {same:.0%}",
                 flush=True,
             )
-    root = Path(options.checkpoint)
-    output = Path(options.output) if options.output else root / "exit-adapter.safetensors"
     save_adapter(adapter, output)
     print(f"adapter: {output}")
 

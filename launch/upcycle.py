@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,6 +43,7 @@ from launch.checkpoints import (
 from launch.config import RunConfig, from_mapping, save_resolved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.options import check_seed
+from launch.writable import check_folder
 from parallel.checkpoint import save_atomically
 
 
@@ -73,6 +75,7 @@ def convert(arguments: argparse.Namespace) -> str:
     out: Path = arguments.out
     if out.exists():
         raise BadInput(f"{out}: exists; give a new folder")
+    check_folder("out", out)
     weights, config, run = read(arguments.source)
     if config.mixture_of_experts is None:
         experts = MixtureOfExpertsConfig(
@@ -115,12 +118,12 @@ def read(source: str) -> tuple[dict[str, Tensor], DecoderConfig, RunConfig | Non
     folder = Path(source).expanduser()
     settings_file = folder / "config.json"
     if settings_file.is_file():
-        settings: dict[str, Any] = json.loads(settings_file.read_text(encoding="utf-8"))
+        settings = _settings(settings_file)
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise BadInput(f"{folder}: has no *.safetensors")
         config = decoder_config(settings)
-        theirs = {name: t.float() for file in files for name, t in load_file(file).items()}
+        theirs = {name: t.float() for file in files for name, t in _tensors(file).items()}
         return from_transformers(theirs, config), config, None
     whole = read_whole(find_checkpoint(folder), moments=False)
     if not isinstance(whole.config.model, DecoderConfig):
@@ -129,6 +132,23 @@ def read(source: str) -> tuple[dict[str, Tensor], DecoderConfig, RunConfig | Non
     if whole.config.model.tie_embeddings:
         weights.setdefault("output.weight", weights["embedding.weight"])
     return weights, whole.config.model, whole.config
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{file}: is no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise BadInput(f"{file}: must hold the settings of a model")
+    return settings
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise BadInput(f"{file}: cannot be read: {error}") from None
 
 
 def _distinct(weights: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:

@@ -304,12 +304,16 @@ class SkipLayer(nn.Module):
         held_B: Tensor | None,
     ) -> None:
         losses, usage = self.control.losses(gates_T, tape, kind=self.kind)
-        chosen = gates_T.detach() > 0
+        executes_T = gates_T.detach() > 0
+        chosen = executes_T
         if valid is not None:
-            chosen = torch.zeros_like(valid).masked_scatter_(valid, chosen)
+            chosen = torch.zeros_like(valid).masked_scatter_(valid, executes_T)
         # Without the noise: what the router says of a token, not what was drawn for it.
         probability_T2 = router_logits_T2.detach().softmax(-1)
         probability_T = probability_T2[:, EXECUTE]
+        # Of executing tokens, by whose number records of several batches are averaged.
+        mean = masked_mean(probability_T, executes_T)
+        variance = masked_mean((probability_T - mean).square(), executes_T)
         record = RoutingRecord(
             name="",
             kind=self.kind,
@@ -319,8 +323,8 @@ class SkipLayer(nn.Module):
             key_lengths=held_B,
             planned_share=self.density,
             entropy=masked_mean(torch.special.entr(probability_T2).sum(-1), None),
-            weight_mean=masked_mean(probability_T, None),
-            weight_std=probability_T.std(correction=0) if probability_T.numel() else None,
+            weight_mean=mean,
+            weight_std=variance.sqrt(),
             statistics={"density": usage.density} | self.control.statistics(),
             weights=probability_T,
             chosen=chosen,

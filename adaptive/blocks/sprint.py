@@ -18,6 +18,7 @@ from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import pack
 from adaptive.routing.keeping import (
     Keeping,
+    check_columns,
     check_keeping,
     draw_keep_ids,
     keep_packed,
@@ -205,7 +206,9 @@ class SparseDenseFusion(nn.Module):
         if self.paths == "dense":
             return None
         if keep_ids is not None:
-            return selection_of(keep_ids, layout)
+            selection = selection_of(keep_ids, layout)
+            check_columns(keep_ids, layout.max_seqlen)
+            return selection
         if not self.training or self.keep == 1:
             return None
         grid, device = self.grid, layout.positions.device

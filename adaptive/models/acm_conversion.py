@@ -59,7 +59,8 @@ def convert(
         A new decoder; its gates are as drawn, its weights otherwise the teacher's.
 
     Raises:
-        ValueError: if the teacher has routed or other feed-forwards where rows are to be.
+        ValueError: if the teacher routes tokens or has other feed-forwards where rows are to be, or
+            there is no batch.
     """
     order = unit_orders(teacher, batches)
     student = Decoder(replace(teacher.config, adaptive_computation=config))
@@ -170,7 +171,13 @@ def unit_orders(teacher: Decoder, batches: Iterable[Tensor]) -> dict[str, Tensor
 
     The mean size of a unit's activation on the batches, times the length of its column of the
     output projection: how much it adds to the update.
+
+    Raises:
+        ValueError: if layers of the teacher do not see every token, or there is no batch.
     """
+    for name in ("mixture_of_depths", "skip_layer"):
+        if getattr(teacher.config, name) is not None:
+            raise ValueError(f"{name}: must be null, a layer is judged by what every token gets")
     units = {n: m for n, m in teacher.named_modules() if isinstance(m, SwiGLU)}
     importance = {name: torch.zeros(()) for name in units}
     for ids_BS in batches:
@@ -179,6 +186,8 @@ def unit_orders(teacher: Decoder, batches: Iterable[Tensor]) -> dict[str, Tensor
             hidden_TF = F.silu(unit.gate(seen.x)) * unit.up(seen.x)
             columns_F = unit.down.weight.norm(dim=0)  # type: ignore[operator]
             importance[seen.name] = importance[seen.name] + hidden_TF.abs().mean(0) * columns_F
+    if any(values.dim() == 0 for values in importance.values()):
+        raise ValueError("batches: must be at least one, to judge hidden units on")
     return {
         name: values.argsort(descending=True, stable=True) for name, values in importance.items()
     }

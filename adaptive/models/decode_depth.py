@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptive.models.cache import Cache
 from adaptive.models.decoder import Decoder
-from adaptive.models.generate import Sampling, non_causal_layers
+from adaptive.models.generate import Sampling, check_prompts, check_whole, non_causal_layers
 from adaptive.routing.layout import TokenLayout
 
 
@@ -118,18 +118,20 @@ def generate_at_depth(
         The new tokens of each sequence.
 
     Raises:
-        ValueError: the schedule is for another number of layers, or the model looks ahead.
+        ValueError: the schedule is for another number of layers, the model looks ahead or is
+            shared by ranks, or a prompt is empty or longer than the model's `max_seq_len`.
     """
     if schedule.num_layers != len(model.layers):
         raise ValueError(
             f"num_layers={schedule.num_layers}: must be the model's {len(model.layers)}"
         )
+    check_whole(model)
     refuse_non_causal(model)
+    longest = check_prompts(model, prompts)
     sampling = Sampling() if sampling is None else sampling
     device = model.embedding.weight.device
     cache = Cache(model, len(prompts))
     every = list(range(len(model.layers)))
-    longest = max(map(len, prompts))
     rows: list[list[int]] = [list(prompt) for prompt in prompts]
     drawn: list[list[int]] = [[] for _ in prompts]
     for position in range(min(max_new_tokens, model.config.max_seq_len - longest + 1)):

@@ -107,8 +107,14 @@ class DecoderConfig:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.head_dim is not None and self.head_dim < 1:
-            raise ValueError(f"head_dim={self.head_dim}: must be at least 1")
+        for name in ("head_dim", "ffn_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base={self.rope_base}: must be above 0")
+        for name in ("norm_eps", "init_std"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads}: must divide dim={self.dim}")
         if self.kv_heads < 1 or self.num_heads % self.kv_heads:
@@ -206,7 +212,7 @@ class Decoder(nn.Module):
             [B, S, V]; zeros at padding.
 
         Raises:
-            ValueError: if `layout` and `token_mask` are both given.
+            ValueError: if `layout` and `token_mask` are both given, or of another shape.
         """
         ids_T, layout, valid = self._pack_inputs(input_ids_BS, token_mask, layout)
         hidden_TD, layout = self._hidden(ids_T, layout, cache)
@@ -231,6 +237,7 @@ class Decoder(nn.Module):
         tokens.
         """
         ids_T, layout, valid = self._pack_inputs(input_ids_BS, token_mask, layout)
+        _check_shape("targets", targets_BS, input_ids_BS)
         hidden_TD, layout = self._hidden(ids_T, layout, None)
         targets_T = targets_BS.flatten() if valid is None else targets_BS.flatten()[valid]
         targets_T = own_context_rows(targets_T, self.mesh, shard_sizes=layout.shard_sizes)
@@ -320,8 +327,15 @@ class Decoder(nn.Module):
             return ids_T, dense if layout is None else layout, None
         if layout is not None:
             raise ValueError("layout and token_mask: give one of them")
+        _check_shape("token_mask", token_mask, input_ids_BS)
         layout, valid = layout_from_mask(token_mask.bool())
         return pack(ids_T, valid), layout, valid
+
+
+def _check_shape(name: str, tensor: Tensor, input_ids_BS: Tensor) -> None:
+    if tensor.shape != input_ids_BS.shape:
+        shapes = list(tensor.shape), list(input_ids_BS.shape)
+        raise ValueError(f"{name} of shape {shapes[0]}: must be {shapes[1]}, as the token ids")
 
 
 def build_layer(config: DecoderConfig, index: int, mesh: Mesh) -> nn.Module:

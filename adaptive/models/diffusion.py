@@ -227,11 +227,11 @@ class DiffusionTransformer(nn.Module):
             [B, C, H, W] in the dtype of the parameters.
 
         Raises:
-            ValueError: if the image does not have the configured shape, or there are features
-                and no `config.alignment`.
+            ValueError: if the image or the features do not have the configured shape, or there are
+                features and no `config.alignment`.
         """
-        if features is not None and self.config.alignment is None:
-            raise ValueError("features: need an alignment in the model's configuration")
+        if features is not None:
+            self._check_features(features, x_BCHW.shape[0])
         hidden_TD, layout, condition_BD = self._embed(x_BCHW, t_B, y_B)
         aligned = {} if features is None else {"features": features}
         hidden_TD = self.trunk(
@@ -275,7 +275,12 @@ class DiffusionTransformer(nn.Module):
         null = torch.full_like(y, self.null_label)
         doubled = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         if guidance == "classifier_free":
-            both = self(*doubled)
+            whole: dict[str, Tensor] = {}
+            if self.training:  # which draws other tokens for either half
+                every = torch.arange(self.config.tokens, device=x.device)
+                whole = {"keep_ids": every.expand(2 * len(y), -1)}
+                whole["drop_path"] = torch.zeros(2 * len(y), dtype=torch.bool)
+            both = self(*doubled, **whole)
         else:
             both = self._half_without_middle(*doubled)
         conditional, unconditional = both.chunk(2)
@@ -296,6 +301,17 @@ class DiffusionTransformer(nn.Module):
         fused_TD = trunk.fuse(dense_TD, sparse_RD, indices_R=indices_R)
         hidden_TD = trunk.inner(trunk.decoder, fused_TD, layout, **inner)
         return self._velocity(hidden_TD, layout, condition_BD)
+
+    def _check_features(self, features_BSF: Tensor, batch: int) -> None:
+        alignment = self.config.alignment
+        if alignment is None:
+            raise ValueError("features: need an alignment in the model's configuration")
+        # A class token in front of the others would shift every row against its patch.
+        wanted = [batch, self.config.tokens, alignment.feature_dim]
+        if list(features_BSF.shape) != wanted:
+            raise ValueError(
+                f"features of shape {list(features_BSF.shape)}: must be {wanted}, one row a token"
+            )
 
     def _embed(
         self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor

@@ -106,8 +106,9 @@ def distill(
     config = DistillationConfig() if config is None else config
     modules = dict(model.named_modules())
     for name in students:
-        if name not in modules:
-            raise ValueError(f"{name}: is no layer of the model")
+        # The model itself is no layer that could be replaced inside it.
+        if name not in modules or not name:
+            raise ValueError(f"{name or 'the model itself'}: is no layer of the model")
     forwards = list(forwards)
     names = list(students)
     for first in range(0, len(names), config.layers_at_once):

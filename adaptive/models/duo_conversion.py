@@ -24,7 +24,7 @@ def convert(teacher: Decoder, config: SizedFeedForwardConfig, batches: Iterable[
     """A decoder that computes what `teacher` does while every token takes the big unit.
 
     Args:
-        teacher: a decoder with plain feed-forwards on one rank, in evaluation mode.
+        teacher: a dense decoder on one rank, in evaluation mode.
         config: of the sized feed-forwards.
         batches: token ids int64 [B, S], to judge hidden units on.
 
@@ -32,7 +32,8 @@ def convert(teacher: Decoder, config: SizedFeedForwardConfig, batches: Iterable[
         A new decoder; its routers are as drawn.
 
     Raises:
-        ValueError: if the teacher has other feed-forwards where sized ones are to be.
+        ValueError: if the teacher routes tokens or has other feed-forwards where sized ones are to
+            be, or there is no batch.
     """
     order = unit_orders(teacher, batches)
     student = Decoder(replace(teacher.config, sized_feed_forward=config))

@@ -42,8 +42,9 @@ def draw(
 ) -> Draws:
     """Draw all that is random about training on images with these labels.
 
-    Class dropout and path drop are independent of each other. Every draw is made whatever the
-    options, so a generator gives the same noise and times in both training stages.
+    Class dropout and path drop are independent of each other. Noise and times come first, so they
+    are the same in both training stages from a generator of each batch's own; kept tokens come
+    last, and take no numbers where all are kept.
 
     Args:
         labels_B: int64 [B], labels in [0, num_classes).

@@ -23,7 +23,7 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token.
-        top_k: draw from the k most likely tokens only; None: from all.
+        top_k: draw from the k most likely tokens only, of equal ones the first; None: from all.
         top_p: draw from the smallest set of most likely tokens that has this probability.
     """
 
@@ -44,10 +44,14 @@ class Sampling:
         logits_BV = logits_BV.float()
         if self.temperature == 0:
             return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
-        logits_BV = logits_BV / self.temperature
+        # From the likeliest down: no temperature, however low, makes a NaN of it.
+        lowest = torch.finfo(logits_BV.dtype).tiny
+        logits_BV = logits_BV - logits_BV.amax(1, keepdim=True)
+        logits_BV = logits_BV / max(self.temperature, lowest)
         if self.top_k is not None and self.top_k < logits_BV.shape[1]:
-            least_B1 = logits_BV.topk(self.top_k, dim=1).values[:, -1:]
-            logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+            # Exactly k: logits of 16 bits are often equal to the k-th.
+            order_BV = logits_BV.argsort(dim=1, descending=True, stable=True)
+            logits_BV = logits_BV.scatter(1, order_BV[:, self.top_k :], -torch.inf)
         probability_BV = logits_BV.softmax(1)
         if self.top_p < 1:
             ordered_BV, order_BV = probability_BV.sort(dim=1, descending=True, stable=True)
@@ -135,8 +139,10 @@ def generate(
             route causally needs (see `non_causal_layers`).
 
     Raises:
-        ValueError: an empty prompt, or one longer than the model's `max_seq_len`.
+        ValueError: an empty prompt, or one longer than the model's `max_seq_len`; a model that
+            tensor or context ranks share.
     """
+    check_whole(model)
     longest = check_prompts(model, prompts)
     sampling = Sampling() if sampling is None else sampling
     cache = Cache(model, len(prompts)) if cached else None
@@ -173,6 +179,16 @@ def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> int:
             f"max_seq_len={model.config.max_seq_len}"
         )
     return max(lengths)
+
+
+def check_whole(model: Decoder) -> None:
+    """Raise ValueError if this rank holds a part of the model, or of the tokens, only."""
+    mesh = model.mesh
+    for name, size in (("tensor", mesh.tensor), ("context", mesh.context)):
+        if size > 1:
+            raise ValueError(
+                f"{name}={size}: must be 1 to generate; load the checkpoint on one rank"
+            )
 
 
 def non_causal_layers(model: nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adaptive.models.cache import Cache, LayerCache
 from adaptive.models.decode_depth import refuse_non_causal, run_layers
 from adaptive.models.decoder import Decoder
+from adaptive.models.generate import check_whole
 from adaptive.models.layers import Attention, KeyValueCache, RMSNorm
 from adaptive.routing.layout import TokenLayout
 
@@ -41,6 +42,8 @@ class ExitAdapter(nn.Module):
     def of(model: Decoder, exit_layer: int) -> ExitAdapter:
         """An untrained adapter behind the first `exit_layer` layers of a model.
 
+        It has the model's device and dtype.
+
         Raises:
             ValueError: if that leaves no layer to draft with, or none to verify.
         """
@@ -49,9 +52,10 @@ class ExitAdapter(nn.Module):
                 f"exit_layer={exit_layer}: must be between 1 and {len(model.layers) - 1}"
             )
         config = model.config
-        return ExitAdapter(
+        adapter = ExitAdapter(
             config.dim, config.num_heads, exit_layer=exit_layer, rope_base=config.rope_base
         )
+        return adapter.to(model.embedding.weight)
 
     def forward(
         self, x_TD: Tensor, *, layout: TokenLayout, cache: KeyValueCache | None = None
@@ -96,7 +100,7 @@ class Drafting:
     Attributes:
         tokens: ids made so far, after the prompt.
         drafted, accepted: drafted tokens, and those that the whole model confirmed.
-        rounds: passes through the late layers.
+        rounds: passes through the late layers after the prompt's, which makes the first token.
     """
 
     tokens: list[int]
@@ -111,8 +115,9 @@ class Drafting:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens made for each pass through the late layers; 1 for plain decoding."""
-        return len(self.tokens) / max(self.rounds, 1)
+        """Tokens made for each round, the prompt's own not counted; 1 for plain decoding."""
+        # The first token comes with the prompt, before any round.
+        return (len(self.tokens) - 1) / self.rounds if self.rounds else 1.0
 
 
 class Speculator:
@@ -131,7 +136,8 @@ class Speculator:
         max_draft: most tokens of a round.
 
     Raises:
-        ValueError: if an option is out of range, or the model looks at later tokens.
+        ValueError: if an option is out of range, or the model looks at later tokens or is shared
+            by ranks.
 
     Source: Kangaroo, arXiv 2404.18911, section 3.
     """
@@ -147,6 +153,7 @@ class Speculator:
             raise ValueError(
                 f"exit_layer={adapter.exit_layer}: must be between 1 and {len(model.layers) - 1}"
             )
+        check_whole(model)
         refuse_non_causal(model)
         self.model, self.adapter = model, adapter
         self.threshold, self.max_draft = threshold, max_draft

@@ -72,7 +72,21 @@ def load_sprint(
 
 
 def to_sprint(model: DiffusionTransformer) -> dict[str, Tensor]:
-    """The model's weights by their official names, copied to the CPU."""
+    """The model's weights by their official names, copied to the CPU.
+
+    Raises:
+        ValueError: for a setting that the names cannot tell: read back, the model would compute
+            another function. For a part of a model that tensor ranks share.
+    """
+    if model.mesh.tensor > 1:
+        raise ValueError(
+            "this rank holds a part of the weights: load a checkpoint on one rank and save that"
+        )
+    for name, official in (("paths", "both"), ("rope_base", 10000.0)):
+        if getattr(model.config, name) != official:
+            raise ValueError(
+                f"{name}={getattr(model.config, name)}: must be {official} in a SPRINT checkpoint"
+            )
     state = model.state_dict()
     parts: dict[str, list[Tensor]] = {}
     for name, (theirs, _) in _names(model.config).items():
@@ -124,6 +138,8 @@ def _config_of(
     )
     swiglu = any(".mlp.fc1_g." in name for name in weights)
     up = ".mlp.fc1_g.weight" if swiglu else ".mlp.fc1.weight"
+    # What share training kept is not told either: the paper's, where the grid has its cells.
+    keep = DiffusionConfig.keep if image_size // patch_size % 2 == 0 else 1.0
     widths = [value.shape[0] for name, value in weights.items() if name.endswith(up)]
     return DiffusionConfig(
         image_size=image_size,
@@ -137,5 +153,6 @@ def _config_of(
         decoder_depth=decoder,
         ffn="swiglu" if swiglu else "gelu",
         ffn_dim=widths[0] if widths else None,
+        keep=keep,
         qk_norm=any(name.endswith(".attn.q_norm.weight") for name in weights),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -128,15 +129,21 @@ def tokenformer_state_dict(model: Decoder) -> dict[str, Tensor]:
     read: they would compute another function.
 
     Raises:
-        ValueError: if the decoder is not one that the names can describe.
+        ValueError: if the decoder is not one that the names can describe: read back, it would
+            compute another function.
     """
     config = model.config
+    if model.mesh.tensor > 1 or model.mesh.expert > 1:
+        raise ValueError(
+            "this rank holds a part of the weights: load a checkpoint on one rank and save that"
+        )
     if config.pattention is None or config.norm != "parameter_free" or config.tie_embeddings:
         raise ValueError(
             "this decoder: must have pattention, norm: parameter_free and untied embeddings"
         )
     if config.mixture_of_depths is not None or config.skip_layer is not None:
         raise ValueError("this decoder: routes tokens, which the published names cannot tell")
+    _check_published(config)
     names, state = published_names(model), {}
     for name, tensor in model.state_dict().items():
         if name.endswith(".scale"):
@@ -160,6 +167,26 @@ def published_names(model: Decoder) -> dict[str, str]:
             ):
                 names[f"layers.{layer}.{ours}.{part}"] = f"layers.{layer}.{theirs}.{published}"
     return names
+
+
+def _check_published(config: DecoderConfig) -> None:
+    """Raise ValueError for settings that no tensor tells and that readers take for granted."""
+    assert config.pattention is not None
+    pattention = replace(config.pattention, top_k=None, ffn_top_k=None)
+    sizes = (config.vocab_size, config.dim, config.num_layers, config.num_heads)
+    published = _config(*sizes, pattention, max_seq_len=config.max_seq_len)
+    for name in ("rotary_fraction", "rope_base", "attention_bias", "qk_norm", "mixture_of_experts"):
+        wanted = getattr(published, name)
+        if getattr(config, name) != wanted:
+            raise ValueError(f"{name}={getattr(config, name)}: must be {wanted} to be published")
+    width = config.dim // config.num_heads
+    if config.kv_heads != config.num_heads or config.head_dim not in (None, width):
+        raise ValueError(
+            f"num_kv_heads={config.num_kv_heads}, head_dim={config.head_dim}: must be "
+            f"{config.num_heads} heads of width {width} to be published"
+        )
+    if config.pattention != pattention:
+        raise ValueError("top_k, ffn_top_k: must be null, all tokens take part, to be published")
 
 
 def _config(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptive.blocks.mixtral_weights import stacked
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
-from adaptive.models.decoder import DecoderConfig
+from adaptive.models.decoder import Decoder, DecoderConfig
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
 
@@ -46,17 +46,28 @@ _SPARSE_OURS = {
     "experts.gate_up_proj": "ffn.experts.gate_up_proj",
     "experts.down_proj": "ffn.experts.down_proj",
 }
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+_NEEDED_OF_EXPERTS = ("num_local_experts", "num_experts_per_tok")
 
 
 def decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
     """The configuration of a decoder from a config.json.
 
     Raises:
-        ValueError: names the setting that our decoder cannot express.
+        ValueError: names the setting that is missing or that our decoder cannot express.
     """
     kind = settings.get("model_type")
     if kind not in SUPPORTED:
         raise ValueError(f"model_type={kind!r}: must be one of {', '.join(SUPPORTED)}")
+    for name in _NEEDED + _NEEDED_OF_EXPERTS * (kind == "mixtral"):
+        if name not in settings:
+            raise ValueError(f"{name}: missing from the settings")
     for name, plain in (("hidden_act", ("silu",)), ("mlp_bias", (False, None))):
         if settings.get(name, plain[0]) not in plain:
             raise ValueError(f"{name}={settings[name]!r}: must be {plain[0]!r}")
@@ -88,6 +99,12 @@ def decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
         init_std=settings.get("initializer_range", 0.02),
     )
     if kind == "mixtral":
+        if settings["num_experts_per_tok"] < 2:
+            # There it has weight 1, whatever its probability, and no router learns.
+            raise ValueError(
+                f"num_experts_per_tok={settings['num_experts_per_tok']}: must be 2 or more, "
+                "one expert a token has another weight there"
+            )
         experts = MixtureOfExpertsConfig(
             num_experts=settings["num_local_experts"],
             top_k=settings["num_experts_per_tok"],
@@ -127,7 +144,22 @@ def from_transformers(weights: Mapping[str, Tensor], config: DecoderConfig) -> d
             ours[f"layers.{layer}.{_SPARSE_OURS[theirs]}"] = tensor
     if config.tie_embeddings and "embedding.weight" in ours:
         ours["output.weight"] = ours["embedding.weight"]
+    with torch.device("meta"):
+        places = Decoder(config).state_dict()
+    for name in places:
+        if name not in ours:
+            raise ValueError(f"{_theirs(name)}: missing from the weights")
     return ours
+
+
+def _theirs(name: str) -> str:
+    """The published name of one of ours; that of a stacked tensor of experts is ours."""
+    names = {ours: theirs for theirs, ours in _WHOLE.items()}
+    if name in names:
+        return names[name]
+    _, layer, rest = name.split(".", 2)
+    names = {ours: theirs for theirs, ours in _LAYER.items()}
+    return f"model.layers.{layer}.{names.get(rest, rest)}"
 
 
 def mixtral_settings(config: DecoderConfig) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
 from adaptive.models.decoder import Decoder, DecoderConfig
 
-_DENSE = ("ffn.gate.weight", "ffn.up.weight", "ffn.down.weight")
+_DENSE = ("gate.weight", "up.weight", "down.weight")
+_EXPERTS = "experts.gate_up_proj"
 
 
 def upcycle(
@@ -48,14 +49,15 @@ def upcycle(
         if name in weights:
             out[name] = weights[name]
     for layer in routed:
-        prefix = f"layers.{layer}."
+        # Inside a layer that routes tokens there is a `block` between.
+        prefix = _feed_forward(places, layer)
         gate, up, down = (_weight(weights, prefix + name) for name in _DENSE)
         copies = experts.num_experts
         mixture = experts.feed_forward(config.dim, ffn_dim=config.ffn_width, std=config.init_std)
         for name, tensor in mixture.state_dict().items():
-            out[f"{prefix}ffn.{name}"] = tensor.to(gate)
-        out[f"{prefix}ffn.experts.gate_up_proj"] = torch.cat([gate, up]).repeat(copies, 1, 1)
-        out[f"{prefix}ffn.experts.down_proj"] = down.repeat(copies, 1, 1)
+            out[f"{prefix}{name}"] = tensor.to(gate)
+        out[f"{prefix}{_EXPERTS}"] = torch.cat([gate, up]).repeat(copies, 1, 1)
+        out[f"{prefix}experts.down_proj"] = down.repeat(copies, 1, 1)
     for name, place in places.items():
         if name not in out:
             raise ValueError(f"{name}: missing from the dense weights")
@@ -96,6 +98,12 @@ def check_upcyclable(config: DecoderConfig, experts: MixtureOfExpertsConfig) -> 
                 f"top_k of 2 or more, renormalised weights and SwiGLU experts of width "
                 f"{config.ffn_width} alone"
             )
+
+
+def _feed_forward(places: Mapping[str, Tensor], layer: int) -> str:
+    """What the names of a layer's mixture begin with."""
+    whole = (n for n in places if n.startswith(f"layers.{layer}.") and n.endswith(_EXPERTS))
+    return next(whole).removesuffix(_EXPERTS)
 
 
 def _weight(weights: Mapping[str, Tensor], name: str) -> Tensor:

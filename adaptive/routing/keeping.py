@@ -145,6 +145,24 @@ def selection_of(keep_ids_BK: Tensor, layout: TokenLayout) -> Selection:
     )
 
 
+def check_columns(keep_ids_BK: Tensor, seq_len: int) -> None:
+    """Raise ValueError for a column that is not in its sequence, or comes twice.
+
+    Beyond the end of a sequence lies the next one. Only columns on the host are looked at: a
+    device would have to be waited for.
+    """
+    if keep_ids_BK.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    columns_BK = keep_ids_BK.sort(dim=1).values
+    wrong_BK = (columns_BK < 0) | (columns_BK >= seq_len)
+    wrong_BK[:, 1:] |= columns_BK[:, 1:] == columns_BK[:, :-1]
+    if wrong_BK.any():
+        raise ValueError(
+            f"keep_ids: holds {int(columns_BK[wrong_BK][0])}, must be different numbers between 0 "
+            f"and {seq_len - 1} in each row"
+        )
+
+
 def keep_packed(layout: TokenLayout, *, keep: float, keeping: Keeping = "structured") -> Selection:
     """Draw the tokens that sequences of any lengths keep.
 

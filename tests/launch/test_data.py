@@ -164,6 +164,30 @@ def test_the_end_of_a_document_is_held_out_from_a_whole_character_on(tmp_path: P
         assert "".join(part.removesuffix("\0") for part in parts) == "." * shift + text
 
 
+def test_a_tokenizer_that_cuts_pads_and_ends_texts_does_so_to_no_corpus_and_no_prompt(
+    tmp_path: Path,
+) -> None:
+    """Files of published models often say `truncation`: of each document a beginning was left."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<s>": 0, "</s>": 1, "[UNK]": 2, "a": 3, "b": 4}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    made.enable_truncation(4)
+    made.enable_padding(length=8, pad_id=2, pad_token="[UNK]")
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(str(tmp_path))
+    assert tokenizer.encode(b"a b a b a").tolist() == [0, 3, 4, 3, 4, 3, 1]
+    # A prompt that ends as a document does would be answered by another document.
+    assert tokenizer.encode_prompt(b"a b") == [0, 3, 4]
+    assert tokenizer.encode_prompt(b"a </s>") == [0, 3, 1]
+    assert tokenizer.encode_prompt(b"") == [0]
+    assert Tokenizer("bytes").encode_prompt(b"ab") == [97, 98]
+
+
 def encode(folder: Path) -> int:
     return int(corpus(folder).train.astype(np.int64).sum())
 

@@ -1,9 +1,11 @@
 """Early exit and SkipDecode from the command line."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from adaptive.models import Decoder
@@ -79,6 +81,17 @@ def test_skip_decode_at_full_depth_is_plain(
     assert "of 4 layers a token" in told
 
 
+def test_control_characters_do_not_steer_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [folder, "--prompt", "\x1b[2J", "--max-tokens", 3, "--skip-decode", "4:2"]
+    out, _ = run(capsys, generate, *words)
+    assert out.startswith("\x1b[2J")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out, _ = run(capsys, generate, *words)
+    assert out.startswith("\u241b[2J")
+
+
 def test_wrong_options_are_refused_in_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +104,17 @@ def test_wrong_options_are_refused_in_one_line(
     assert "1 <= last <= first <= 4" in refusal(capsys, generate, folder, "--skip-decode", "9:1")
     assert "needs --exit-adapter" in refusal(capsys, generate, folder, "--compare")
     assert "between 1 and 3" in refusal(capsys, train_exit, folder, "--exit-layer", 4)
+    for option, value, rule in (
+        ("--output", "/proc/adapter", "/proc cannot be written"),
+        ("--learning-rate", "nan", "must be a number above 0"),
+        ("--seed", -1, "must be between 0 and"),
+    ):
+        line = refusal(capsys, train_exit, folder, option, value)
+        assert line.startswith(f"error: {option}={value}: {rule}")
+    save_file({"a": torch.ones(1)}, nothing, metadata={"exit_adapter": "[2]"})
+    assert "is not an adapter" in refusal(
+        capsys, generate, folder, *GREEDY, "--exit-adapter", nothing
+    )
     (folder / "other.safetensors").write_bytes(b"not one")
     assert "is not an adapter of this model" in refusal(
         capsys, generate, folder, *GREEDY, "--exit-adapter", folder / "other.safetensors"

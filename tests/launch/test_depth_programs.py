@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from adaptive.models import Decoder
-from launch import convert_acm, convert_duo, oracle
-from launch.checkpoints import RunState, load_model, read_state, save_tensors, write_description
+from launch import convert_acm, convert_duo, convert_tokenformer, distill, oracle, upcycle
+from launch.checkpoints import (
+    RunState,
+    load_model,
+    named_tensors,
+    read_state,
+    save_tensors,
+    write_description,
+)
 from launch.config import from_mapping
 from launch.preflight import check_run
 from parallel.checkpoint import save_atomically
@@ -31,7 +38,7 @@ def run_folder(root: Path, **routing: Any) -> Path:
     decoder = Decoder(config.model)
 
     def write(at: Path) -> None:
-        save_tensors(dict(decoder.state_dict()), at / "model.safetensors")
+        save_tensors(named_tensors(decoder), at / "model.safetensors")
         write_description(at, RunState(step=1), config)
 
     save_atomically(root / "run" / "checkpoints", 1, write, keep=1)
@@ -79,7 +86,7 @@ def test_conversion_is_the_beginning_of_a_run_and_keeps_the_function(
     assert read_state(tuned / "checkpoints" / "step-00000000").step == 0
     check_run(config, ranks=1)
     line = refusal(capsys, convert_acm, folder, "--output", tuned)
-    assert "holds checkpoints of another run" in line
+    assert "already holds checkpoints" in line
     line = refusal(capsys, convert_acm, folder, "--output", tmp_path / "x", "--learners", 5)
     assert "num_learners=5: must divide ffn_dim=32" in line
 
@@ -101,6 +108,63 @@ def test_a_second_size_is_the_beginning_of_a_run_and_keeps_the_function(
     check_run(config, ranks=1)
     line = refusal(capsys, convert_duo, folder, "--output", tmp_path / "x", "--budget", 2)
     assert "budget=2.0: must be in (0, 1]" in line
+
+
+@pytest.mark.parametrize("program", [convert_acm, convert_duo])
+def test_a_model_with_tied_embeddings_is_converted(
+    program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint holds tied weights once; twice, safetensors refuses them after all the work."""
+    folder, converted = run_folder(tmp_path, tie_embeddings=True), tmp_path / "converted"
+    steps = ["--distil-steps", "1", "--gate-steps", "1"] if program is convert_acm else []
+    program.main([str(folder), "--output", str(converted), "--batch-size", "1", "--rows=1", *steps])
+    model, config = load_model(converted)
+    assert model.output.weight is model.embedding.weight
+    teacher, _ = load_model(folder)
+    torch.testing.assert_close(model.embedding.weight, teacher.embedding.weight)
+    check_run(config, ranks=1)
+
+
+SIZES = ["--tokens", 8, "--ffn-tokens", 8]
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (convert_acm, ["RUN", "--output", "/proc/x"]),
+        (convert_duo, ["RUN", "--output", "/proc/x"]),
+        (distill, ["RUN", "--output", "/proc/x", *SIZES]),
+        (upcycle, ["RUN", "/proc/x"]),
+        (convert_tokenformer, ["load", "w", "--num-heads", 2, "--output", "/proc/x"]),
+        (convert_tokenformer, ["save", "RUN", "/proc/x"]),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    program: Any, words: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path)
+    line = refusal(capsys, program, *[folder if word == "RUN" else word for word in words])
+    assert "=/proc/x: /proc cannot be written" in line
+
+
+def test_what_cannot_be_converted_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sized").mkdir()
+    folder, out = run_folder(tmp_path / "sized", sized_feed_forward={}), tmp_path / "out"
+    line = refusal(capsys, distill, folder, "--output", out, *SIZES)
+    assert "model.sized_feed_forward and pattention: give one of them" in line
+    dense = run_folder(tmp_path)
+    line = refusal(capsys, distill, dense, "--output", out, *SIZES, "--max_tokens", 3)
+    assert line == "error: --max_tokens=3: 3 tokens: must be at least 5, a fifth is held out"
+    (tmp_path / "routed").mkdir()
+    routed = run_folder(tmp_path / "routed", mixture_of_depths={"capacity": 0.5})
+    for program in (convert_acm, convert_duo):
+        line = refusal(capsys, program, routed, "--output", out)
+        assert "mixture_of_depths: must be null, a layer is judged by what every token" in line
+    line = refusal(capsys, convert_acm, folder, "--output", out, "--learning-rate", "nan")
+    assert line == "error: --learning-rate=nan: must be a number above 0"
+    assert not out.exists()
 
 
 def test_recipes_that_make_no_sense_are_refused() -> None:

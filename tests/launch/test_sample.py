@@ -98,9 +98,10 @@ def test_picture_has_one_row_a_class(run_folder: Path, tmp_path: Path) -> None:
     [
         (["--labels", "1,10"], "error: --labels=1,10: '10' must be between 0 and 9"),
         (["--labels", "cat"], "error: --labels=cat: 'cat' must be between 0 and 9"),
+        (["--labels", "\u00b2"], "error: --labels=\u00b2: '\u00b2' must be between 0 and 9"),
         (["--per-class", "0"], "error: --per-class=0: must be at least 1"),
         (["--steps", "0"], "error: --steps=0: must be at least 1"),
-        (["--scale", "-1"], "error: --scale=-1.0: must be 0 or more"),
+        (["--scale", "-1"], "error: --scale=-1.0: must be 0 or more and finite"),
         (
             ["--png", "/nowhere/at/all.png"],
             "error: --png=/nowhere/at/all.png: its folder does not exist",

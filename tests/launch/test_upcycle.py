@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adaptive.models import Decoder
 from launch.checkpoints import RunState, WholeState, load_model, write_whole
@@ -112,6 +113,41 @@ def test_bad_options_exit_with_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixtral_directory_without_a_shard_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved("mixtral", tmp_path / "in", num_local_experts=4)
+    weights = load_file(tmp_path / "in" / "model.safetensors")
+    lacking = {n: t for n, t in weights.items() if "layers.1." not in n}
+    save_file(lacking, tmp_path / "in" / "model.safetensors")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert "model.layers.1.input_layernorm.weight: missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json: is no JSON"),
+        ("config.json", "[]", "config.json: must hold the settings"),
+        ("config.json", '{"model_type": "llama"}', "vocab_size: missing from the settings"),
+        ("model.safetensors", "cut", "model.safetensors: cannot be read"),
+    ],
+)
+def test_a_directory_that_cannot_be_read_is_one_line(
+    file: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved("llama", tmp_path / "in")
+    (tmp_path / "in" / file).write_text(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "in"), str(tmp_path / "out")])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_an_existing_folder_is_not_overwritten(

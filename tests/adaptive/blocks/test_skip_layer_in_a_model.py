@@ -8,6 +8,7 @@ from adaptive import BatchScope, RoutingTape
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.cache import Cache
+from adaptive.routing.summary import RoutingWindow
 from tests.adaptive.blocks.skip_layers import (
     D,
     hidden_for,
@@ -30,6 +31,27 @@ def test_density_loss_is_the_papers_and_moves_the_density() -> None:
         tape.loss().backward()
         optimizer.step()
     assert abs(tape.records[0].executed / 120 - 0.25) < 0.1
+
+
+def test_recorded_weights_are_those_of_executing_tokens_over_all_batches() -> None:
+    """The window counts a record by its executing tokens, so the mean must be over these."""
+    torch.manual_seed(0)
+    layer = skipping().eval()
+    window, executing = RoutingWindow(), []
+    for tokens in (5, 40, 3):
+        hidden = torch.randn(2, tokens, D, dtype=torch.float64)
+        with RoutingTape() as tape:
+            layer(hidden)
+        (record,) = tape.records
+        assert record.weights is not None
+        assert record.chosen is not None
+        assert 0 < record.executed < record.tokens
+        executing.append(record.weights[record.chosen].float())
+        window.add(tape.records)
+    (summary,) = window.reduce()[0].values()
+    weights = torch.cat(executing)
+    assert summary["weight_mean"] == pytest.approx(weights.mean().item(), abs=1e-6)
+    assert summary["weight_std"] == pytest.approx(weights.std(correction=0).item(), abs=1e-6)
 
 
 def test_density_loss_does_not_depend_on_how_the_batch_is_split() -> None:

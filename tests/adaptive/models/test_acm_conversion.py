@@ -5,7 +5,9 @@ import torch
 
 from adaptive import AdaptiveComputationModule, TokenLayout
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
+from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.acm_conversion import (
     convert,
@@ -123,3 +125,18 @@ def test_other_feed_forwards_are_refused() -> None:
     model = teacher(mixture_of_experts=MixtureOfExpertsConfig(num_experts=2, ffn_dim=16))
     with pytest.raises(ValueError, match="give one of them"):
         convert(model, ACM, batches(1))
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [{"mixture_of_depths": MixtureOfDepthsConfig()}, {"skip_layer": SkipLayerConfig()}],
+)
+def test_layers_that_do_not_see_every_token_are_refused(routing: dict) -> None:
+    """Without a token, what a unit adds on average was NaN, and so was every error told."""
+    with pytest.raises(ValueError, match=f"{next(iter(routing))}: must be null"):
+        convert(teacher(**routing), ACM, batches(1))
+
+
+def test_hidden_units_cannot_be_judged_on_nothing() -> None:
+    with pytest.raises(ValueError, match="batches: must be at least one"):
+        convert(teacher(), ACM, [])

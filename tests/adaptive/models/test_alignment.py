@@ -108,6 +108,11 @@ def test_what_does_not_fit_is_refused() -> None:
     model = model_with(2)
     with RoutingTape(model), pytest.raises(ValueError, match=r"features of shape \[2, 16, 5\]"):
         model(X, T, Y, features=FEATURES[..., :5])
+    # A class token in front (17 rows) shifted every feature by one place, and was taken.
+    for tokens in (15, 17):
+        line = rf"features of shape \[2, {tokens}, 6\]: must be \[2, 16, 6\], one row a token"
+        with pytest.raises(ValueError, match=line):
+            model(X, T, Y, features=torch.randn(2, tokens, 6))
     plain = DiffusionTransformer(
         DiffusionConfig(image_size=4, channels=1, patch_size=1, dim=16, num_heads=2)
     )

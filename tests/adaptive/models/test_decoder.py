@@ -146,11 +146,26 @@ def test_annealing_reaches_every_routed_layer() -> None:
         ({"num_layers": 0}, "num_layers=0: must be at least 1"),
         ({"norm": "batch"}, "norm='batch': must be rms or parameter_free"),
         ({"rotary_fraction": 2.0}, r"rotary_fraction=2.0: must be in \[0, 1\]"),
+        ({"ffn_dim": -1}, "ffn_dim=-1: must be at least 1"),
+        ({"rope_base": 0.0}, "rope_base=0.0: must be above 0"),
+        ({"rope_base": float("nan")}, "rope_base=nan: must be above 0"),
+        ({"norm_eps": -1.0}, "norm_eps=-1.0: must be 0 or more"),
+        ({"init_std": -1.0}, "init_std=-1.0: must be 0 or more"),
     ],
 )
 def test_wrong_configurations_end_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4, 2), (8,)])
+def test_masks_and_targets_have_the_shape_of_the_ids(shape: tuple[int, ...]) -> None:
+    """Of a mask, what it is True at was read off the flattened ids, whosever tokens these are."""
+    model, other = build(CONFIG), torch.ones(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"token_mask of shape .*: must be \[2, 4\]"):
+        model(ids(2, 4), other)
+    with pytest.raises(ValueError, match=r"targets of shape .*: must be \[2, 4\]"):
+        model.token_losses(ids(2, 4), other)
 
 
 def test_layout_and_mask_exclude_each_other() -> None:

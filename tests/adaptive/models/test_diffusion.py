@@ -111,6 +111,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change: Any, message: str) ->
         )
 
 
+def test_kept_tokens_of_another_image_are_refused() -> None:
+    with pytest.raises(ValueError, match="keep_ids: holds 20, must be different numbers between 0"):
+        tiny()(*inputs(2), keep_ids=torch.tensor([[0, 20], [3, 5]]))
+
+
+@pytest.mark.parametrize("guidance", ["path_drop", "classifier_free"])
+def test_guidance_is_the_same_in_training_mode(guidance: Any) -> None:
+    """There the halves of classifier-free guidance drew different tokens and dropped paths."""
+    model = tiny(path_drop=0.5).eval()
+    want = model.guided(*inputs(), scale=2.0, guidance=guidance)
+    model.train()
+    torch.testing.assert_close(model.guided(*inputs(), scale=2.0, guidance=guidance), want)
+
+
 def test_classifier_free_guidance_runs_the_middle_for_both_halves() -> None:
     model = tiny().eval()
     x, t, y = inputs()

@@ -121,6 +121,9 @@ def test_bad_layers_are_named():
 
     with pytest.raises(ValueError, match="other: is no layer of the model"):
         run({"other": Pattention(16, 10, 4)})
+    alone = nn.Linear(16, 10)
+    with pytest.raises(ValueError, match="the model itself: is no layer of the model"):
+        list(distill(alone, [lambda: alone(x)], students_of_linear(alone), config=QUICK))
     with pytest.raises(ValueError, match="linear: maps 16 to 10 features, its successor 16 to 9"):
         run({"linear": Pattention(16, 9, 4)})
     with pytest.raises(ValueError, match="linear: saw no token"):

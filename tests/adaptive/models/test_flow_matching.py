@@ -176,6 +176,15 @@ def test_guidance_applies_inside_its_interval_only() -> None:
     torch.testing.assert_close(sample(net, labels, config, seed=0), x)
 
 
+def test_guidance_reaches_the_ends_of_its_interval() -> None:
+    """At 0.2 of ten steps too, which 1 - 8/10 misses by a rounding error."""
+    asked: list[float] = []
+    euler(lambda x, t: asked.append(t) or torch.zeros_like(x), torch.zeros(1), 10)
+    for tenth, t in zip(range(10, 0, -1), asked, strict=True):
+        assert SamplingConfig(guidance_low=tenth / 10).guides(t)
+        assert SamplingConfig(guidance_high=tenth / 10).guides(t)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -210,6 +219,8 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"guidance": "half"}, "guidance='half': must be path_drop, classifier_free or none"),
         ({"scale": -1.0}, "scale=-1.0: must be 0 or more"),
+        ({"scale": math.nan}, "scale=nan: must be 0 or more"),
+        ({"scale": math.inf}, "scale=inf: must be 0 or more"),
         ({"guidance_low": 0.9, "guidance_high": 0.1}, "must be 0 <= low <= high <= 1"),
     ],
 )

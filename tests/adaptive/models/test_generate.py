@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from adaptive import MixtureOfDepths
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
+from adaptive.models.decode_depth import SkipDecode, generate_at_depth
 from adaptive.models.generate import Generation, Sampling, generate, non_causal_layers
+from adaptive.models.self_speculative import ExitAdapter, Speculator
+from parallel.mesh import Mesh
 
 DENSE = DecoderConfig(vocab_size=40, dim=32, num_layers=4, num_heads=4, max_seq_len=48)
 ROUTED = dataclasses.replace(DENSE, mixture_of_depths=MixtureOfDepthsConfig(capacity=0.25))
@@ -93,6 +96,21 @@ def test_probabilities_against_a_loop() -> None:
         assert got == pytest.approx(want, abs=1e-6)
 
 
+def test_of_equal_logits_no_more_than_k_are_drawn_from() -> None:
+    """In 16 bits many are equal to the k-th: 52 tokens passed for 50."""
+    logits_BV = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert ((Sampling(top_k=50).probabilities(logits_BV) > 0).sum(1) == 50).all()
+    got = Sampling(top_k=2).probabilities(torch.tensor([[1.0, 3.0, 3.0, 3.0]]))
+    assert got.tolist() == [[0.0, 0.5, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+def test_the_lowest_temperatures_take_the_likeliest(temperature: float) -> None:
+    logits_BV = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)) * 50
+    drawn = Sampling(temperature=temperature, top_k=5, top_p=0.9).draw(logits_BV)
+    assert torch.equal(drawn, logits_BV.argmax(1))
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits_BV = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20000, 4)
     sampling = Sampling(temperature=1.5, top_k=3)
@@ -124,6 +142,20 @@ def test_layers_that_look_ahead_are_named() -> None:
 def test_prompts_that_cannot_be_continued(prompts: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(generate(build(DENSE), prompts, max_new_tokens=1))
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_a_model_that_ranks_share_does_not_generate(axis: str) -> None:
+    """Each tensor rank drew from its own part of the vocabulary, and went on with that."""
+    model = build(DENSE)
+    model.mesh = Mesh(**{axis: 2})
+    message = f"{axis}=2: must be 1 to generate"
+    with pytest.raises(ValueError, match=message):
+        next(generate(model, PROMPTS, max_new_tokens=1))
+    with pytest.raises(ValueError, match=message):
+        generate_at_depth(model, PROMPTS, SkipDecode(4, 4, 1, 4), max_new_tokens=1)
+    with pytest.raises(ValueError, match=message):
+        Speculator(model, ExitAdapter.of(model, 1))
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,25 @@ def test_early_layers_are_computed_once_and_late_ones_at_most_once_a_token_kept(
     assert seen[0] == seen[3] == len(PROMPT) + made.drafted + made.rounds
 
 
+def test_a_round_without_drafts_makes_one_token_as_plain_decoding_does() -> None:
+    model = decoder()
+    speculator = Speculator(model, ExitAdapter.of(model, 2), threshold=1.0)
+    *_, made = speculator.generate(PROMPT, max_new_tokens=3)
+    assert (made.drafted, made.rounds) == (0, 2)
+    assert made.tokens_per_round == 1
+    *_, made = speculator.generate(PROMPT, max_new_tokens=1)
+    assert made.tokens_per_round == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_adapter_has_the_dtype_of_its_model(dtype: torch.dtype) -> None:
+    model = decoder().to(dtype)
+    adapter = ExitAdapter.of(model, 2)
+    assert {p.dtype for p in adapter.parameters()} == {dtype}
+    *_, made = Speculator(model, adapter).generate(PROMPT, max_new_tokens=4)
+    assert len(made.tokens) == 4
+
+
 def test_distilling_makes_drafts_that_are_accepted() -> None:
     model = decoder()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -144,6 +163,15 @@ def test_full_depth_is_plain_decoding(family: str) -> None:
     )
     *_, made = generate(model, prompts, max_new_tokens=10, sampling=GREEDY)
     assert drawn == made.tokens
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2], []], [[]], [], [[1] * 65]])
+def test_skip_decode_refuses_prompts_that_it_cannot_continue(prompts: list[list[int]]) -> None:
+    """An empty one took the tokens of its neighbour, one too long gave none."""
+    model = decoder()
+    assert model.config.max_seq_len == 64
+    with pytest.raises(ValueError, match="prompt"):
+        generate_at_depth(model, prompts, SkipDecode(4, 4, 1, 4), max_new_tokens=2)
 
 
 def test_skip_decode_is_the_prefix_with_each_token_at_its_depth() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptive import RoutingTape
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
+from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.flops import planned_flops
@@ -24,6 +25,7 @@ from adaptive.models.tokenformer import (
     tokenformer_config,
     tokenformer_state_dict,
 )
+from parallel.mesh import Mesh
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "tokenformer_lm.safetensors"
 
@@ -110,6 +112,31 @@ def test_other_decoders_have_no_published_form():
         tokenformer_state_dict(Decoder(tiny(pattention=None)))
     with pytest.raises(ValueError, match="routes tokens"):
         tokenformer_state_dict(Decoder(tiny(mixture_of_depths=MixtureOfDepthsConfig())))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"rotary_fraction": 1.0}, "rotary_fraction=1.0: must be 0.25"),
+        ({"rope_base": 500.0}, "rope_base=500.0: must be 10000.0"),
+        ({"qk_norm": True}, "qk_norm=True: must be False"),
+        ({"attention_bias": True}, "attention_bias=True: must be False"),
+        ({"num_kv_heads": 2}, "num_kv_heads=2, head_dim=None: must be 4 heads of width 8"),
+        ({"head_dim": 16}, "must be 4 heads of width 8"),
+        ({"mixture_of_experts": MixtureOfExpertsConfig(num_experts=2)}, "mixture_of_experts="),
+        ({"pattention": PattentionConfig(24, 40, top_k=4)}, "top_k, ffn_top_k: must be null"),
+    ],
+)
+def test_what_published_names_cannot_tell_is_not_written(changes, line):
+    """Read back, a model with other rotary positions or a top-k computed another function."""
+    with pytest.raises(ValueError, match=line):
+        tokenformer_state_dict(Decoder(tiny(**changes)))
+
+
+def test_a_part_of_a_model_is_not_written():
+    """Half the parameter tokens and half the vocabulary were read back as a smaller model."""
+    with pytest.raises(ValueError, match="this rank holds a part of the weights"):
+        tokenformer_state_dict(Decoder(tiny(vocab_size=38), mesh=Mesh(tensor=2)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.transformers_weights import (
     decoder_config,
@@ -99,6 +101,22 @@ def test_our_dense_decoder_is_upcycled_to_the_same_logits(schedule: Any, router:
     assert all(p.abs().sum() > 0 for p in dense.parameters())
 
 
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"mixture_of_depths": MixtureOfDepthsConfig(capacity=0.5)},
+        {"skip_layer": SkipLayerConfig()},
+    ],
+)
+def test_layers_that_route_tokens_are_upcycled_inside(routing: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "num_heads": 4, "num_layers": 2, "ffn_dim": 48, "init_std": 0.3}
+    dense = Decoder(DecoderConfig(**sizes, **routing)).eval()
+    sparse = upcycled(dense, EXPERTS)
+    assert sparse.layers[1].block.ffn.experts.down_proj.shape == (4, 32, 48)
+    torch.testing.assert_close(sparse(ids()), dense(ids()), atol=1e-4, rtol=0)
+
+
 def test_mixtral_is_read_and_written_back(tmp_path: Path) -> None:
     from transformers import MixtralForCausalLM
 
@@ -119,6 +137,18 @@ def test_mixtral_is_read_and_written_back(tmp_path: Path) -> None:
     assert written.keys() == original.keys()
     for name, tensor in original.items():
         assert torch.equal(written[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"]
+)
+def test_a_tensor_that_is_missing_is_named(name: str, tmp_path: Path) -> None:
+    saved("mixtral", tmp_path, num_local_experts=4)
+    config = decoder_config(json.loads((tmp_path / "config.json").read_text()))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[name]
+    with pytest.raises(ValueError, match=f"{name}: missing from the weights"):
+        from_transformers(weights, config)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +176,10 @@ def test_what_could_not_equal_the_dense_model_is_one_clear_line(
         ({"model_type": "gpt2"}, "model_type='gpt2': must be one of llama"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn': only default"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': must be 'silu'"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1},
+            "num_experts_per_tok=1: must be 2 or more",
+        ),
     ],
 )
 def test_models_that_ours_cannot_be_are_one_clear_line(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from adaptive import TokenLayout
 from adaptive.routing.keeping import (
     cells_for,
+    check_columns,
     draw_keep_ids,
     keep_packed,
     selection_of,
@@ -105,6 +106,16 @@ def test_ragged_sequences_keep_the_share_of_every_cell(lengths: list[int], keep:
         wanted = [cells.keep] * full + ([min(rest, cells.keep)] if rest else [])
         assert [sum(p // cells.size == c for p in kept) for c in range(len(wanted))] == wanted
         assert kept == sorted(set(kept))
+
+
+@pytest.mark.parametrize(("columns", "named"), [([0, 4], 4), ([-1, 2], -1), ([3, 3], 3)])
+def test_columns_of_another_sequence_and_doubled_ones_are_refused(
+    columns: list[int], named: int
+) -> None:
+    """Column 4 of four was column 0 of the next sequence."""
+    message = f"keep_ids: holds {named}, must be different numbers between 0 and 3"
+    with pytest.raises(ValueError, match=message):
+        check_columns(torch.tensor([columns, [0, 1]]), 4)
 
 
 def test_given_columns_are_put_in_order_and_keep_their_positions() -> None:

@@ -1,0 +1,19 @@
+"""Text that a model wrote, on a terminal: control characters must not steer it."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+
+def shown(text: str, out: TextIO) -> str:
+    """The text as it goes to `out`: visible on a terminal, as it is into a file or a pipe."""
+    return visible(text) if out.isatty() else text
+
+
+def visible(text: str) -> str:
+    """Control characters as the symbols that stand for them, except new line and tab."""
+    return "".join(
+        chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else "\u2421" if c == "\x7f" else c
+        for c in text
+        if not "\x80" <= c < "\xa0"
+    )
