@@ -35,7 +35,7 @@ from launch.run_folder import free_name, only_run_in
 from launch.tasks import Task, task_class
 from launch.train import __file__ as TRAIN
 from launch.validation import validated
-from launch.writable import check_folder
+from launch.writable import check_folder, write_text_whole
 from parallel.mesh import Mesh
 
 
@@ -236,15 +236,8 @@ def finish(run: Run, *, threads: int) -> dict[str, Any] | None:
         **measure(run),
         "config": run.config.resolved(),
     }
-    _write_whole(run.result, json.dumps(outcome, indent=1))
+    write_text_whole(run.result, json.dumps(outcome, indent=1))
     return outcome
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write all of a file or nothing: half of one would be taken for what was measured."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _holds_another(run: Run) -> bool:
@@ -267,7 +260,7 @@ def _add_leg(run: Run, seconds: float) -> float:
     path = run.folder / "seconds.json"
     legs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     legs.append(round(seconds, 1))
-    _write_whole(path, json.dumps(legs))
+    write_text_whole(path, json.dumps(legs))
     return float(sum(legs))
 
 

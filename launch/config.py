@@ -30,6 +30,7 @@ from launch.sections import (
 )
 from launch.tasks import task_class
 from launch.validation import suggestion, validated
+from launch.writable import write_text_whole
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def load_saved(path: Path) -> RunConfig:
 
 def save_resolved(config: RunConfig, path: Path) -> None:
     """Write every key with its value."""
-    path.write_text(yaml.safe_dump(config.resolved(), sort_keys=False), encoding="utf-8")
+    write_text_whole(path, yaml.safe_dump(config.resolved(), sort_keys=False))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -308,6 +308,8 @@ def _encode(
             split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in _SPLITS
         }
         for name, text in itertools.chain(first, documents):
+            if tokenizer.name != "bytes":
+                _check_unicode(name, text)
             if len(first) < _FEW:
                 # Too few to hold any out: hold out the end of each.
                 cut = _character_start(text, int(len(text) * (1 - share)))
@@ -324,6 +326,17 @@ def _encode(
             os.fsync(out.fileno())
     meta = {"dtype": np.dtype(tokenizer.dtype).name, **counts}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _check_unicode(name: str, text: bytes) -> None:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # To replace it would train on something else than the file says.
+        raise BadInput(
+            f"{name}: byte {error.start} is {text[error.start]:#04x}, no UTF-8: convert it, "
+            "or take data.tokenizer=bytes"
+        ) from None
 
 
 def _character_start(text: bytes, place: int) -> int:

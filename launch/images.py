@@ -126,6 +126,11 @@ class ImageData:
         self.train, self.validation = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         if not len(self.train):
             raise BadInput(f"data.path={config.path}: no image is left to train on")
+        if config.path is not None:
+            # Folders come class after class, and validation takes the times of noise in this order:
+            # each class would be measured at times of its own.
+            order = np.argsort([_unit_hash(int(index)) for index in self.validation])
+            self.validation = self.validation[order]
 
         self.features = _features(config.features, len(labels), model)
 

@@ -1,4 +1,4 @@
-"""Whether a folder or file can be written, found out before the work that it is for."""
+"""Whether a folder or file can be written, found out before the work; and files written whole."""
 
 from __future__ import annotations
 
@@ -65,3 +65,10 @@ def _one_line(said: str, place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BadInput(f"{said}: {place} cannot be written: {error.strerror}") from None
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write all of a file or nothing: half of one would be taken for the whole."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

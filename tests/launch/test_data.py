@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.data import Corpus, TextConfig, Tokenizer, permuted
+from launch.errors import BadInput
 
 
 def corpus(folder: Path, **options: object) -> Corpus:
@@ -151,6 +152,16 @@ def test_a_vocabulary_with_holes_is_as_large_as_its_highest_number(
     data = corpus(folder, tokenizer=str(tmp_path), validation_fraction=0.2)
     assert data.vocab_size == 70_001
     assert data.train[0] == 70_000
+
+
+def test_text_that_is_no_utf8_is_refused_by_a_tokenizer_and_taken_as_bytes(
+    tmp_path: Path, folder: Path
+) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (folder / "007.txt").write_bytes("caf\u00e9".encode("latin-1") * 50)
+    with pytest.raises(BadInput, match=r"007.txt: byte 3 is 0xe9, no UTF-8: convert it, or take"):
+        corpus(folder, tokenizer=str(tmp_path))
+    assert corpus(folder).vocab_size == 256
 
 
 def test_the_end_of_a_document_is_held_out_from_a_whole_character_on(tmp_path: Path) -> None:

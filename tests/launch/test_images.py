@@ -232,3 +232,17 @@ def test_pixels_round_trip_and_tiles_keep_their_places() -> None:
     assert sheet[1, 4, 0] == 128
     assert sheet[4, 1, 0] == 255
     assert tile(pixels, 3, zoom=2).shape == (14, 20, 1)
+
+
+def test_held_out_images_of_every_class_come_at_all_places(tmp_path: Path) -> None:
+    """Validation takes the times of noise in their order; folders come class after class."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "x.npy", np.zeros((200, 2, 4, 4), np.float32))
+    data = data_of(tmp_path, held_out=0.4, channels=2)
+    labels = data.labels(data.validation).double()
+    places = torch.arange(len(labels)).double()
+    assert len(set(data.validation.tolist())) == len(labels) > 100
+    # Random orders of so many stay within four standard deviations.
+    correlation = torch.corrcoef(torch.stack([labels, places]))[0, 1]
+    assert correlation.abs() < 4 / len(labels) ** 0.5
