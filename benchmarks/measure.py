@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def interleave(
     cases: dict[str, Callable[[], Any]], *, rounds: int = 15, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of every case in every round; each round runs every case once."""
+    """Seconds of every case in every round; each round runs every case once, in turn from either
+    end: what runs after a case that fills the caches differs from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(warmup + rounds):
-        for name, run in cases.items():
+        for name, run in _order(cases, number):
             _wait()
             start = time.perf_counter()
             run()
@@ -51,7 +52,7 @@ def interleave_on_ranks(
     """`interleave` on every rank of a process group: a case lasts as long as its slowest rank."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(warmup + rounds):
-        for name, run in cases.items():
+        for name, run in _order(cases, number):
             dist.barrier()
             start = time.perf_counter()
             run()
@@ -60,6 +61,10 @@ def interleave_on_ranks(
             if number >= warmup:
                 seconds[name].append(float(taken))
     return seconds
+
+
+def _order(cases: dict[str, Callable[[], Any]], number: int) -> list[tuple[str, Callable[[], Any]]]:
+    return list(cases.items()) if number % 2 else list(cases.items())[::-1]
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
