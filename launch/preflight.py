@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from launch.checkpoints import check_same_model, find_checkpoint, read_state
-from launch.config import RunConfig
+from launch.config import RunConfig, load_saved
 from launch.deepspeed_section import check_deepspeed
 from launch.engine import engine_settings
 from launch.errors import BadInput
@@ -82,6 +83,30 @@ def check_continues(config: RunConfig, source: Path) -> None:
             # Anew, it would train without the weights that it is to start from.
             advice = "train it with the configuration beside it: launch.start --config …/run.yaml"
         raise BadInput(f"{error}; {advice}") from None
+
+
+def changed_settings(config: RunConfig, source: Path) -> list[str]:
+    """What a run computes with that the checkpoint it goes on from did not: "key: now, was then".
+
+    Args:
+        config: of the phase that continues.
+        source: a checkpoint from inside that phase.
+    """
+    now, then = (_flat(one.resolved()) for one in (config, load_saved(source)))
+    return [
+        f"{key}: {now.get(key)}, was {then.get(key)}"
+        for key in {**now, **then}
+        if key.split(".")[0] in ("task", "model", "data", "train", "deepspeed")
+        if now.get(key) != then.get(key)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return found
 
 
 def meta_model(config: RunConfig, mesh: Mesh | None = None) -> nn.Module:

@@ -33,7 +33,7 @@ from launch.engine import Engine
 from launch.errors import BadInput, exit_on_bad_input
 from launch.loop import Loop, RunFailed
 from launch.optimizer import learning_rate_at
-from launch.preflight import check_continues, check_run
+from launch.preflight import changed_settings, check_continues, check_run
 from launch.progress import Progress, farewell
 from launch.ranks import StopRequest, is_first, join_ranks
 from launch.run_folder import how_to_continue, only_run_in, where_to_start
@@ -148,6 +148,10 @@ def _run_phase(
     if source is not None:
         loop.load(source, moments=_keeps_moments(run_config, state))
         progress.say(f"continuing from {source}")
+        # At the beginning of a phase other settings are what it is for.
+        changed = changed_settings(config, source) if state.phase_step else []
+        if changed:
+            progress.say(f"with other settings than it: {'; '.join(changed)}")
     asked = False
     checkpoint: Path | None = None
     while loop.state.phase_step < train.steps and not asked:

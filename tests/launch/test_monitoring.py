@@ -81,6 +81,7 @@ def test_a_resumed_run_leaves_the_log_of_an_undisturbed_one(tmp_path: Path) -> N
     ((failure, printed),) = run_ranks(start, 1, arguments)
     assert not failure, printed
     assert "continuing from" in printed
+    assert "other settings" not in printed
     assert timeless(tmp_path) == undisturbed
     # Calibrated on the same rows before each evaluation: it executes the trained share.
     for line in (undisturbed[1], undisturbed[-1]):
@@ -88,6 +89,19 @@ def test_a_resumed_run_leaves_the_log_of_an_undisturbed_one(tmp_path: Path) -> N
         assert share == pytest.approx(0.25, abs=0.01)
     model, _ = load_model(tmp_path / "run")
     assert model.state_dict()["layers.1.threshold"] != 0
+
+
+def test_a_run_that_continues_otherwise_than_it_began_says_so(tmp_path: Path) -> None:
+    arguments = recipe(tmp_path)
+    ((failure, printed),) = run_ranks(start, 1, arguments)
+    assert not failure, printed
+    changes = ["train.steps=8", "model.mixture_of_depths.capacity=0.5", "monitor.every=3"]
+    ((failure, printed),) = run_ranks(start, 1, arguments + changes)
+    assert not failure, printed
+    (line,) = [line for line in printed.splitlines() if "other settings" in line]
+    assert "model.mixture_of_depths.capacity: 0.5, was 0.25" in line
+    assert "train.steps: 8, was 6" in line
+    assert "monitor" not in line
 
 
 def test_an_alarm_is_one_line_and_may_end_the_run(tmp_path: Path) -> None:
