@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -312,7 +313,7 @@ def test_the_recipe_passes_the_exit_code_on(folder: Path) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable},
     )
     assert done.returncode == 2
     assert re.fullmatch(r"error: model.num_heads=7: must divide dim=\d+\n", done.stderr)
