@@ -202,7 +202,8 @@ def longest(on_host: Tensor, sizes: tuple[int, ...], *, causal: bool) -> tuple[f
     flat = torch.tensor([run for own in bounds for run in own]).view(-1, 6)
     counts = torch.tensor([len(own) for own in bounds])
     rank_of = torch.arange(ranks).repeat_interleave(counts)
-    between = torch.zeros(ranks, ranks)
+    # Exact, so that all ranks decide alike whatever their processors are.
+    between = torch.zeros(ranks, ranks, dtype=torch.float64)
     for rank, queries in enumerate(flat.split(counts.tolist())):
         q, k = queries.T[:, :, None], flat.T[:, None]
         apart = (q[4] > k[5]) | (k[4] > q[5])
@@ -211,7 +212,7 @@ def longest(on_host: Tensor, sizes: tuple[int, ...], *, causal: bool) -> tuple[f
         if causal:
             apart |= same & (q[3] < k[2])
             hides |= q[2] < k[3]
-        pairs = (q[1] - q[0]) * (k[1] - k[0]) * (1 - 0.5 * hides.float()) * ~apart
+        pairs = (q[1] - q[0]) * (k[1] - k[0]) * (1 - 0.5 * hides.double()) * ~apart
         between[rank].index_add_(0, rank_of, pairs.sum(0))
     steps = torch.arange(ranks)
     busiest = sum(between[steps, (steps - step) % ranks].max() for step in range(ranks))
