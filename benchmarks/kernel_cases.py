@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import measure  # noqa: F401 (puts the checkout before this folder on the path)
 import torch
 from torch import Tensor
 
+from adaptive.ops.backend import choose
 from adaptive.ops.cross_entropy import cross_entropy
 from adaptive.ops.expert_feed_forward import expert_feed_forward
 from adaptive.ops.grouped_linear import grouped_linear
@@ -26,6 +28,7 @@ from adaptive.ops.permute import permute, unpermute
 from adaptive.ops.ranking import highest_columns, order_by_unit
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
+from parallel.ring_layout import Pair, RingLayout
 
 
 @dataclass
@@ -63,7 +66,7 @@ def draw(device: torch.device, dtype: torch.dtype, *shape: int, scale: float = 1
 def every_case(*, tiny: bool, quick: bool) -> list[Case]:
     """All cases, the first size of every op before the second of any."""
     makers = (
-        packing, experts, attention, parameter_tokens, routing, losses,
+        packing, experts, attention, ring_parts, parameter_tokens, routing, losses,
     )  # fmt: skip
     by_op: dict[str, list[Case]] = {}
     for maker in makers:
@@ -233,6 +236,50 @@ def attention(tiny: bool, quick: bool) -> Iterator[Case]:
             yield Case(
                 "varlen_cross_attention", label, dtype, lambda d, m=make: m(d, True), flops / 2,
                 1.25 * flops, "flops",
+            )  # fmt: skip
+
+
+class _Part(torch.autograd.Function):
+    """What a rank of a ring computes with the keys of another, as if these were all keys."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> Tensor:
+        ctx.blocks = choose("ring_attention", q).function()
+        out, lse = ctx.blocks.attend(q, k, v, pair)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.pair = pair
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        delta = (grad * out).sum(-1)
+        return *ctx.blocks.backward(q, grad.to(q.dtype), lse, delta, k, v, ctx.pair), None
+
+
+def ring_parts(tiny: bool, quick: bool) -> Iterator[Case]:
+    sizes = [(8192, 32, 8, 128), (4096, 16, 16, 128), (16384, 16, 4, 64)]
+    sizes = [(24, 2, 1, 16)] if tiny else sizes[:1] if quick else sizes
+    for dtype in dtypes(tiny, quick):
+        for tokens, heads, kv_heads, head_dim in sizes:
+
+            def make(
+                device, tokens=tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+                dtype=dtype,
+            ):  # fmt: skip
+                # The later half of a sequence meets the earlier one: no pair is masked.
+                positions = torch.arange(2 * tokens, device=device)
+                halves = (positions, torch.zeros_like(positions), (tokens, tokens))
+                layout = RingLayout.of(*halves, None)  # type: ignore[arg-type]
+                pair = Pair(layout, layout, 1, 0)
+                inputs = [draw(device, dtype, tokens, heads, head_dim)]
+                inputs += [draw(device, dtype, tokens, kv_heads, head_dim) for _ in "kv"]
+                return (lambda q, k, v: _Part.apply(q, k, v, pair)), inputs
+
+            flops = 4.0 * heads * head_dim * tokens**2
+            yield Case(
+                "ring_attention", f"T {tokens} H {heads}/{kv_heads} h {head_dim}", dtype, make,
+                flops, 2.5 * flops, "flops",
             )  # fmt: skip
 
 
