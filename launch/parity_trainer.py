@@ -65,6 +65,10 @@ class DeepSpeedTrainer:
             # ZeRO 2 and 3 drop gradients when they step.
             self._gradients = self._whole_gradients()
         self.engine.step()
+        if self.stage:
+            # As the engine's forward would, which subjects do not call: without it ZeRO 3 takes
+            # every micro-batch for the first and forgets those before.
+            self.engine.optimizer.clear_backward_seen_flag()
 
     def finish(self, trace: Trace, *, first: bool) -> None:
         if first:

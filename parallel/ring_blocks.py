@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from parallel.autocast import without_autocast
 from parallel.ring_layout import Pair
 
 LOWEST = torch.finfo(torch.float32).min
@@ -37,9 +38,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> tuple[Tensor, Tensor]
     q, k, v = wide(q), wide(k), wide(v)
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
     attend_block = _attend_fused if _fuses(q) else _attend_plain
-    for rows, columns, seen in pair.blocks(_most_rows(q)):
-        block, block_lse = attend_block(q[rows], k[columns], v[columns], seen)
-        out[rows], lse[rows] = merge(out[rows], lse[rows], block, block_lse)
+    # Autocast would take 16 bits for the products of plain torch.
+    with without_autocast(q.device.type):
+        for rows, columns, seen in pair.blocks(_most_rows(q)):
+            block, block_lse = attend_block(q[rows], k[columns], v[columns], seen)
+            out[rows], lse[rows] = merge(out[rows], lse[rows], block, block_lse)
     return out, lse
 
 
@@ -61,13 +64,14 @@ def attend_backward(
     grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     lse = lse.clamp(min=LOWEST)
     backward_block = _backward_fused if _fuses(q) else _backward_plain
-    for rows, columns, seen in pair.blocks(_most_rows(q)):
-        part_q, part_k, part_v = backward_block(
-            q[rows], grad[rows], lse[rows], delta[rows], k[columns], v[columns], seen
-        )
-        grads[0][rows] += part_q
-        grads[1][columns] += part_k
-        grads[2][columns] += part_v
+    with without_autocast(q.device.type):
+        for rows, columns, seen in pair.blocks(_most_rows(q)):
+            part_q, part_k, part_v = backward_block(
+                q[rows], grad[rows], lse[rows], delta[rows], k[columns], v[columns], seen
+            )
+            grads[0][rows] += part_q
+            grads[1][columns] += part_k
+            grads[2][columns] += part_v
     return grads
 
 

@@ -26,8 +26,8 @@ def vocab_cross_entropy(
     """Cross-entropy of every token, nats, of logits that `column_linear` left split.
 
     Args:
-        logits_Tv: this rank's columns, in rank order.
-        targets_T: int64, in [0, V).
+        logits_Tv: this rank's columns, in rank order. Any may be -inf, but not all of a row's.
+        targets_T: int64, in [0, V). Where they are split, the loss of any other is infinite.
         mesh: whose tensor ranks share the vocabulary; a collective over them.
         overwrite: the gradient may take the place of the logits in memory. Use them for nothing
             else then; a second backward through them raises.
@@ -71,11 +71,12 @@ class _Split(torch.autograd.Function):
             # The largest probability among own columns is exp(0) over their sum.
             sum_T[rows] = torch.softmax(logits_Tv[rows], -1, dtype=known.dtype).amax(-1)
         sum_T.reciprocal_()
-        target_T.copy_(logits_Tv.gather(1, column_T1).squeeze(1)).mul_(own_T)
+        # Of ranks without the target's logit -inf, so that the largest is the target's.
+        target_T.copy_(logits_Tv.gather(1, column_T1).squeeze(1)).masked_fill_(~own_T, -torch.inf)
         of_ranks = all_gather_rows(known, mesh.tensor_group, (1,) * mesh.tensor)
         highest_T = of_ranks[:, 0].amax(0)
         sums = of_ranks[:, 1] * (of_ranks[:, 0] - highest_T).exp()
-        losses_T = sums.sum(0).log() - (of_ranks[:, 2].sum(0) - highest_T)
+        losses_T = sums.sum(0).log() - (of_ranks[:, 2].amax(0) - highest_T)
         # Of all probability, what lies in own columns.
         share_T = sums[mesh.tensor_rank] / sums.sum(0)
         ctx.save_for_backward(logits_Tv, column_T1, own_T, share_T, losses_T)

@@ -64,7 +64,9 @@ class TokenLayout:
             assert mesh.context_group is not None
             shards = self.shard_sizes or even_shards(self.tokens, mesh.shards)
             sizes = mesh.context_sizes(shards)
-            made = RingOrder.of(self.positions, self.sequence_ids, sizes, mesh.context_group)
+            # A later forward may train, and cannot save what inference mode made.
+            with torch.inference_mode(False):
+                made = RingOrder.of(self.positions, self.sequence_ids, sizes, mesh.context_group)
             object.__setattr__(self, "_ring", made)
         return made
 

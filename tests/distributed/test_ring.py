@@ -178,25 +178,45 @@ def test_fused_and_plain_blocks_agree(size: float, masked: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * size)
 
 
+def _both_ways(heads: tuple[Tensor, ...], pair: Pair) -> list[Tensor]:
+    """A part and its gradients: of queries, keys, values and gradients that lie over two ranks."""
+    q, k, v, grad = (x.split(list(pair.query_layout.sizes)) for x in heads)
+    out, lse = ring_blocks.attend(q[1], k[0], v[0], pair)
+    delta = (out * grad[1]).sum(-1)
+    grads = ring_blocks.attend_backward(q[1], grad[1], lse, delta, k[0], v[0], pair)
+    return [out, lse, *grads]
+
+
+def _pair(*, causal: bool) -> Pair:
+    whole, nobody = TokenLayout.from_lengths((9, 4, 16)), cast(Any, None)
+    rows = (whole.positions, whole.sequence_ids)
+    layout = RingLayout.of(*rows, (12, 17), nobody, causal=causal)
+    return Pair(layout, layout, 1, 0)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_plain_blocks_of_few_rows_agree_with_fused_ones(
     causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What GPUs run, here on the CPU."""
-    whole, nobody = TokenLayout.from_lengths((9, 4, 16)), cast(Any, None)
-    rows = (whole.positions, whole.sequence_ids)
-    layout = RingLayout.of(*rows, (12, 17), nobody, causal=causal)
-    q, k, v, grad = (x.split([12, 17]) for x in _whole(29, 2))
-    pair = Pair(layout, layout, 1, 0)
-
-    def both_ways() -> list[Tensor]:
-        out, lse = ring_blocks.attend(q[1], k[0], v[0], pair)
-        delta = (out * grad[1]).sum(-1)
-        grads = ring_blocks.attend_backward(q[1], grad[1], lse, delta, k[0], v[0], pair)
-        return [out, lse, *grads]
-
-    fused = both_ways()
+    heads, pair = _whole(29, 2), _pair(causal=causal)
+    fused = _both_ways(heads, pair)
     monkeypatch.setattr(ring_blocks, "_fuses", lambda q: False)
     monkeypatch.setattr(ring_blocks, "PLAIN_ROWS", 3)
-    for a, b in zip(both_ways(), fused, strict=True):
+    for a, b in zip(_both_ways(heads, pair), fused, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_blocks_compute_the_same_under_autocast(
+    fuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain ones multiplied 16-bit numbers, which cannot hold what stands for no key either."""
+    monkeypatch.setattr(ring_blocks, "_fuses", lambda q: fuses)
+    heads, pair = _whole(29, 2), _pair(causal=True)
+    expected = _both_ways(heads, pair)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _both_ways(heads, pair)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)

@@ -135,6 +135,22 @@ def test_bytes_are_those_of_the_formula(ranks: int, rows: int, moves: bool) -> N
     assert all(("all_to_all" in sent) == moves for sent in by_rank)
 
 
+def _infers_then_trains() -> bool:
+    mesh, layout = _mesh(), TokenLayout.dense(1, 40)
+    attention = Attention(32, 4, mesh=mesh)
+    hidden = torch.randn(20, 32, requires_grad=True)
+    with torch.inference_mode():
+        expected = attention(hidden, layout=layout)
+    found = attention(hidden, layout=layout)
+    found.sum().backward()
+    assert hidden.grad is not None
+    return torch.equal(found, expected)
+
+
+def test_a_layout_that_inference_used_first_trains() -> None:
+    assert all(run_ranks(_infers_then_trains, 2))
+
+
 def _check(family: str, rows: int) -> Report:
     ring_order.SAVED_PAIRS = 1
     degrees = {"context": dist.get_world_size(), "context_attention": "ring"}

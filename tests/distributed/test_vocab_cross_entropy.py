@@ -82,6 +82,40 @@ def test_the_vocabulary_is_crossed_in_several_blocks() -> None:
     assert len(cached_rows(torch.empty(700, 512))) == 2
 
 
+def _of_extremes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    mesh = Mesh.create(tensor=2)
+    own = logits.chunk(2, 1)[mesh.tensor_rank].clone().requires_grad_()
+    losses = vocab_cross_entropy(own, targets, mesh)
+    losses.sum().backward()
+    assert own.grad is not None
+    return losses.detach(), own.grad
+
+
+@pytest.mark.parametrize("hidden", [0, 3, 4, 7])
+def test_a_token_that_cannot_be_is_left_out_wherever_the_vocabulary_is_cut(hidden: int) -> None:
+    logits, _, _ = _draw(8, 8, torch.float32)
+    logits = logits.clamp(-10, 10)
+    logits[:, hidden] = -torch.inf
+    targets = torch.arange(8).roll(1)
+    targets[targets == hidden] = (hidden + 4) % 8
+    exact = logits.clone().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    assert exact.grad is not None
+    found = run_ranks(_of_extremes, 2, logits, targets)
+    for (losses, grad), wanted in zip(found, exact.grad.chunk(2, 1), strict=True):
+        torch.testing.assert_close(losses, expected.detach())
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_the_loss_of_a_target_outside_the_vocabulary_is_infinite() -> None:
+    """It passed for that of a target whose logit is 0."""
+    logits, targets, _ = _draw(4, 8, torch.float32)
+    targets[0], targets[3] = -100, 8
+    for losses, _ in run_ranks(_of_extremes, 2, logits, targets):
+        assert losses.isinf().tolist() == [True, False, False, True]
+
+
 def _megatrons() -> tuple[float, float]:
     mesh = Mesh.create(tensor=2)
     theirs = megatron.core("tensor_parallel.cross_entropy").vocab_parallel_cross_entropy

@@ -13,7 +13,7 @@ from parallel.parity import Report, Settings, check_on_ranks
 from tests.distributed.subjects import FAMILIES
 from tests.ranks import run_ranks
 
-Degrees = dict[str, int | bool]
+Degrees = dict[str, int | bool | str]
 
 
 def check(family: str, degrees: Degrees, stage: int, micro_batches: int) -> Report:
@@ -32,7 +32,8 @@ CASES: list[tuple[str, int, Degrees, int, int]] = [
     ("mixture_of_depths", 4, {"tensor": 2, "sequence_parallel": True}, 2, 2),
     ("mixture_of_experts", 4, {"tensor": 2, "expert": 2, "sequence_parallel": True}, 1, 1),
     ("skip_layer", 2, {}, 3, 1),
-    ("mixture_of_depths", 2, {}, 3, 1),
+    ("mixture_of_depths", 2, {}, 3, 2),
+    ("mixture_of_depths", 2, {"context": 2, "context_attention": "ring"}, 3, 2),
 ]
 WITH_EXPERTS = ("mixture_of_experts", "hyperspherical", "mixture_of_depths_and_experts")
 ALL: list[tuple[str, int, Degrees, int, int]] = [
@@ -42,7 +43,7 @@ ALL: list[tuple[str, int, Degrees, int, int]] = [
     for stage in (0, 1, 2)
     if "expert" not in degrees or family in WITH_EXPERTS
 ]
-ALL += [(family, 2, {}, 3, 1) for family in FAMILIES]
+ALL += [(family, 2, {}, 3, micro_batches) for family in FAMILIES for micro_batches in (1, 2)]
 
 
 @pytest.mark.parametrize(("family", "ranks", "degrees", "stage", "micro_batches"), CASES, ids=str)
