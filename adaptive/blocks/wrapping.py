@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.ops.pack import combine_, pack
-from adaptive.routing.layout import TokenLayout
+from adaptive.routing.layout import TokenLayout, valid_tokens
 
 
 def flatten_tokens(
@@ -22,7 +22,8 @@ def flatten_tokens(
     Args:
         hidden: [B, S, D], or packed [T, D] together with `layout`.
         layout: where packed tokens came from; None for [B, S, D].
-        token_mask: bool [B, S] (or [T]), False at padding; None when there is none.
+        token_mask: bool [B, S] (or [T]), False at padding; None when there is none. Integers are
+            taken as `bool` takes them.
 
     Returns:
         hidden [T, D] (a view where possible), its layout, and the flat mask or None. With padding
@@ -31,7 +32,7 @@ def flatten_tokens(
     if hidden.dim() == 2:
         if layout is None:
             raise ValueError("hidden of shape [T, D]: needs layout=, the TokenLayout of the pack")
-        return hidden, layout, token_mask
+        return hidden, layout, None if token_mask is None else valid_tokens(token_mask)
     if hidden.dim() != 3:
         raise ValueError(f"hidden of shape {list(hidden.shape)}: must be [B, S, D] or [T, D]")
     batch, seq_len, _ = hidden.shape
@@ -42,9 +43,10 @@ def flatten_tokens(
         raise ValueError(
             f"token_mask of shape {list(token_mask.shape)}: must be [{batch}, {seq_len}]"
         )
-    positions = (token_mask.long().cumsum(1) - 1).clamp(min=0).flatten()
+    valid_BS = valid_tokens(token_mask)
+    positions = (valid_BS.long().cumsum(1) - 1).clamp(min=0).flatten()
     layout = TokenLayout(layout.cu_seqlens, layout.max_seqlen, positions)
-    return hidden.flatten(0, 1), layout, token_mask.flatten().bool()
+    return hidden.flatten(0, 1), layout, valid_BS.flatten()
 
 
 def without_padding(hidden_TD: Tensor, valid_T: Tensor | None) -> Tensor:
