@@ -43,7 +43,7 @@ from parallel.checkpoint import save_atomically
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="launch.convert_acm",
+        prog="python -m launch.convert_acm",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )

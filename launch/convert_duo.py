@@ -31,7 +31,7 @@ from launch.terminal import command
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="launch.convert_duo",
+        prog="python -m launch.convert_duo",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )

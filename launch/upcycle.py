@@ -48,7 +48,7 @@ from parallel.checkpoint import save_atomically
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
-        prog="launch.upcycle",
+        prog="python -m launch.upcycle",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
