@@ -13,7 +13,15 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from adaptive import MixtureOfDepths, RoutingTape, Selection, SkipLayer, recompute_contexts
+from adaptive import (
+    MixtureOfDepths,
+    RoutingTape,
+    Selection,
+    SizedFeedForward,
+    SkipLayer,
+    SparseDenseFusion,
+    recompute_contexts,
+)
 from adaptive.blocks.wrapping import to_rows
 
 
@@ -223,3 +231,22 @@ def test_a_llama_layer_that_tokens_skip_computes_the_others_at_their_own_positio
             picked, position_embeddings=rotary(picked, chosen[None]), attention_mask=None
         )[0]
         torch.testing.assert_close(out[b], expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MixtureOfDepths(nn.Linear(8, 8), 8),
+        lambda: SkipLayer(nn.Linear(8, 8), 8, keys="executing"),
+        lambda: SizedFeedForward(8, 16),
+        lambda: SparseDenseFusion([nn.Linear(8, 8)], [nn.Linear(8, 8)], [nn.Linear(8, 8)], 8),
+    ],
+)
+def test_a_batch_of_no_sequence_has_every_gradient(make: Callable[[], nn.Module]) -> None:
+    """As a rank may have that got no rows: others wait for it where weights are gathered."""
+    module = make()
+    with RoutingTape() as tape:
+        out = module(torch.randn(0, 6, 8))
+    assert out.shape == (0, 6, 8)
+    (out.sum() + tape.loss()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
