@@ -72,7 +72,7 @@ class RunRow:
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
-        prog="launch.compare_routing",
+        prog="python -m launch.compare_routing",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )

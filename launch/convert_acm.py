@@ -11,7 +11,6 @@ model with the budget and diversity losses. Prints the held-out loss after each 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +37,13 @@ from launch.data import Corpus
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.grow import check_output
 from launch.options import check_positive
+from launch.terminal import command
 from parallel.checkpoint import save_atomically
 
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="launch.convert_acm",
+        prog="python -m launch.convert_acm",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
     loss, cost = held_out(student, corpus, options.rows)
     print(f"{'gates trained, as they choose':34s} loss {loss:.4f}  cost {cost:.2f}")
     print(f"checkpoint {write(student, config, output)}")
-    print(f"continue   {sys.executable} -m launch.start --config {output}/run.yaml")
+    print(f"continue   {command('launch.start', '--config', output / 'run.yaml')}")
 
 
 def rates(options: argparse.Namespace) -> dict[str, float]:

@@ -11,7 +11,6 @@ its own: random paths first, then trained routers. Prints the held-out loss of e
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,11 +26,12 @@ from launch.convert_acm import training_rows, write
 from launch.data import Corpus
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.grow import check_output
+from launch.terminal import command
 
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="launch.convert_duo",
+        prog="python -m launch.convert_duo",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     within = max(config.train.move_within, options.random_steps + 2)
     config = replace(config, train=replace(config.train, move_within=within))
     print(f"checkpoint {write(student, config, output)}")
-    print(f"continue   {sys.executable} -m launch.start --config {output}/run.yaml")
+    print(f"continue   {command('launch.start', '--config', output / 'run.yaml')}")
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from launch.checkpoints import (
 )
 from launch.config import load_config, save_resolved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.terminal import command
 from launch.writable import check_file, check_folder
 from parallel.checkpoint import newest_intact, save_atomically
 
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
             written = save_published(options.checkpoint, Path(options.weights))
     print(f"written {written}")
     if options.command == "load":
-        print(f"continue {sys.executable} -m launch.start --config {options.output}/run.yaml")
+        print(f"continue {command('launch.start', '--config', Path(options.output) / 'run.yaml')}")
 
 
 def load_published(

@@ -37,6 +37,7 @@ from launch.config import RunConfig, save_resolved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.grow import check_output
 from launch.tasks import Task, task_class
+from launch.terminal import command
 from parallel.checkpoint import save_atomically
 from parallel.mesh import Mesh
 
@@ -99,7 +100,7 @@ def distill_checkpoint(
     checkpoint = _write(model, config, successor, output)
     print(f"held-out loss {before:.4f} -> {after:.4f}")
     print(f"checkpoint    {checkpoint}")
-    print(f"continue      {sys.executable} -m launch.start --config {output}/run.yaml")
+    print(f"continue      {command('launch.start', '--config', output / 'run.yaml')}")
     return reports, before, after
 
 

@@ -82,7 +82,7 @@ class Finding:
 def main(arguments: list[str] | None = None) -> None:
     with exit_on_bad_input():
         parser = OneLineParser(
-            prog="launch.doctor",
+            prog="python -m launch.doctor",
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

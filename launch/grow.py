@@ -37,6 +37,7 @@ from launch.checkpoints import (
 from launch.config import RunConfig, load_saved, save_resolved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.tasks import Task, task_class
+from launch.terminal import command
 from launch.writable import check_folder
 from parallel.checkpoint import newest_intact, save_atomically
 from parallel.mesh import Mesh
@@ -89,7 +90,7 @@ class Receipt:
                 f"moments      {moments}; Adam's step count stays {self.optimizer_steps}",
                 f"schedule     starts anew: warm-up of {train.warmup_steps} steps, "
                 f"cosine to step {train.steps}",
-                f"continue     {sys.executable} -m launch.start --config {run}/run.yaml",
+                f"continue     {command('launch.start', '--config', Path(run) / 'run.yaml')}",
             ]
         )
 

@@ -25,7 +25,9 @@ from launch.writable import check_file
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="launch.oracle", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m launch.oracle",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument(

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from launch.loop import StepReport
+from launch.terminal import command
 
 
 class Progress:
@@ -85,7 +86,7 @@ def farewell(
     """The last lines of a run: where everything is, and what to do next."""
     lines = [f"finished in {clock(seconds)}", f"checkpoint   {checkpoint}"]
     if tensorboard:
-        lines.append(f"TensorBoard  {sys.executable} -m tensorboard.main --logdir {output}")
+        lines.append(f"TensorBoard  {command('tensorboard.main', '--logdir', output)}")
     if sample is not None:
         lines.append(f"sample       {sample}")
     return "\n".join(lines)

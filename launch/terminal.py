@@ -1,7 +1,10 @@
-"""Text that a model wrote, on a terminal: control characters must not steer it."""
+"""What goes to a terminal: a model's own text, which must not steer it, and commands to copy."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import TextIO
 
 
@@ -17,3 +20,8 @@ def visible(text: str) -> str:
         for c in text
         if not "\x80" <= c < "\xa0"
     )
+
+
+def command(module: str, *words: str | Path) -> str:
+    """A line for a shell that runs a module by this Python, whatever its words contain."""
+    return shlex.join([sys.executable, "-m", module, *map(str, words)])

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,13 +41,14 @@ from launch.checkpoints import (
 from launch.config import RunConfig, from_mapping, save_resolved
 from launch.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.options import check_seed
+from launch.terminal import command
 from launch.writable import check_folder
 from parallel.checkpoint import save_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
-        prog="launch.upcycle",
+        prog="python -m launch.upcycle",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
@@ -105,8 +104,7 @@ def convert(arguments: argparse.Namespace) -> str:
     whole = WholeState(_distinct(weights, config), {}, {}, RunState(), run_config)
     path = save_atomically(out / "checkpoints", 0, lambda folder: write_whole(folder, whole))
     save_resolved(run_config, out / "run.yaml")
-    command = [sys.executable, "-m", "launch.start", "--config", str(out / "run.yaml")]
-    return f"{path}: {made}\ncontinue {shlex.join(command)}"
+    return f"{path}: {made}\ncontinue {command('launch.start', '--config', out / 'run.yaml')}"
 
 
 def read(source: str) -> tuple[dict[str, Tensor], DecoderConfig, RunConfig | None]:

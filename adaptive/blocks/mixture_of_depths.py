@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptive.blocks.wrapping import flatten_tokens, run_block, without_padding
+from adaptive.blocks.wrapping import flatten_tokens, refuse_cache, run_block, without_padding
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import combine, pack
 from adaptive.routing.choice import capacity_tokens, expert_choice_packed, threshold_choice
@@ -138,6 +138,7 @@ class MixtureOfDepths(nn.Module):
             The shape and dtype of `hidden`.
         """
         hidden_TD, layout, valid_T = flatten_tokens(hidden, layout, token_mask)
+        refuse_cache(inner_kwargs, layout)
         routed_TD = without_padding(hidden_TD, valid_T)
         logits_T = self.router(routed_TD).squeeze(-1)
         causal_logits_T = self._causal_logits(routed_TD, logits_T)

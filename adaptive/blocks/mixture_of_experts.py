@@ -30,7 +30,7 @@ from adaptive.routing.assignment import Assignment
 from adaptive.routing.balance import ExpertBias
 from adaptive.routing.collapse import collapse_statistics
 from adaptive.routing.hyperspherical import Gate
-from adaptive.routing.layout import TokenLayout
+from adaptive.routing.layout import TokenLayout, valid_tokens
 from adaptive.routing.recompute import decide, recomputing
 from adaptive.routing.routers import LinearRouter, jittered
 from adaptive.routing.tape import RoutingTape, current_tape
@@ -263,7 +263,7 @@ class MixtureOfExperts(nn.Module):
             raise ValueError(
                 f"token_mask of shape {list(token_mask.shape)}: must be {list(hidden.shape[:-1])}"
             )
-        valid_T = None if token_mask is None else token_mask.flatten().bool()
+        valid_T = None if token_mask is None else valid_tokens(token_mask).flatten()
         return hidden.flatten(0, -2), valid_T
 
     def _own(self, assignment: Assignment, rows: int, shards: tuple[int, ...] | None) -> Assignment:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptive.blocks.wrapping import flatten_tokens, run_block
+from adaptive.blocks.wrapping import flatten_tokens, refuse_cache, run_block
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import combine, pack
 from adaptive.routing.density import DensityControl, DensityController, Target
@@ -163,6 +163,7 @@ class SkipLayer(nn.Module):
             The shape and dtype of `hidden`.
         """
         flat, layout, valid = flatten_tokens(hidden, layout, token_mask)
+        refuse_cache(inner_kwargs, layout)
         if valid is None:
             return self._forward_packed(flat, layout, None, inner_kwargs).view_as(hidden)
         source_layout, mask = layout, valid

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.ops.pack import combine_, pack
-from adaptive.routing.layout import TokenLayout
+from adaptive.routing.layout import TokenLayout, valid_tokens
 
 
 def flatten_tokens(
@@ -22,7 +22,8 @@ def flatten_tokens(
     Args:
         hidden: [B, S, D], or packed [T, D] together with `layout`.
         layout: where packed tokens came from; None for [B, S, D].
-        token_mask: bool [B, S] (or [T]), False at padding; None when there is none.
+        token_mask: bool [B, S] (or [T]), False at padding; None when there is none. Integers are
+            taken as `bool` takes them.
 
     Returns:
         hidden [T, D] (a view where possible), its layout, and the flat mask or None. With padding
@@ -31,7 +32,7 @@ def flatten_tokens(
     if hidden.dim() == 2:
         if layout is None:
             raise ValueError("hidden of shape [T, D]: needs layout=, the TokenLayout of the pack")
-        return hidden, layout, token_mask
+        return hidden, layout, None if token_mask is None else valid_tokens(token_mask)
     if hidden.dim() != 3:
         raise ValueError(f"hidden of shape {list(hidden.shape)}: must be [B, S, D] or [T, D]")
     batch, seq_len, _ = hidden.shape
@@ -42,9 +43,10 @@ def flatten_tokens(
         raise ValueError(
             f"token_mask of shape {list(token_mask.shape)}: must be [{batch}, {seq_len}]"
         )
-    positions = (token_mask.long().cumsum(1) - 1).clamp(min=0).flatten()
+    valid_BS = valid_tokens(token_mask)
+    positions = (valid_BS.long().cumsum(1) - 1).clamp(min=0).flatten()
     layout = TokenLayout(layout.cu_seqlens, layout.max_seqlen, positions)
-    return hidden.flatten(0, 1), layout, token_mask.flatten().bool()
+    return hidden.flatten(0, 1), layout, valid_BS.flatten()
 
 
 def without_padding(hidden_TD: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -57,32 +59,56 @@ def run_block(block: nn.Module, packed_RD: Tensor, layout: TokenLayout, **kwargs
 
     A block with `takes_packed = True` gets `block(packed, layout=…, **kwargs)`. Any other block
     gets `[B, K, D]`: one row a sequence, its tokens in original order, zeros on the right where a
-    sequence has fewer. Zeros on the right cannot reach earlier tokens of a causal block; a
-    bidirectional block on ragged selections needs its own mask (override `inner`). A block that
-    returns a tuple, as those of `transformers` may, is taken at its first element.
+    sequence has fewer (see `to_rows`). Zeros on the right cannot reach earlier tokens of a causal
+    block; a bidirectional block on ragged selections needs its own mask (override `inner`). A block
+    that returns a tuple, as those of `transformers` may, is taken at its first element.
+
+    Raises:
+        ValueError: if the block returns anything but hidden states of the shape that it was given,
+            or changes them in place.
     """
+    version = _version(packed_RD)
     if getattr(block, "takes_packed", False):
-        return block(packed_RD, layout=layout, **kwargs)
-    return from_rows(_first(block(to_rows(packed_RD, layout), **kwargs)), layout)
+        given, output = packed_RD, block(packed_RD, layout=layout, **kwargs)
+    else:
+        given = to_rows(packed_RD, layout)
+        output = block(given, **kwargs)
+    output = output[0] if isinstance(output, tuple) and output else output
+    name = type(block).__name__
+    if not isinstance(output, Tensor) or output.shape != given.shape:
+        is_tensor = isinstance(output, Tensor)
+        what = f"shape {list(output.shape)}" if is_tensor else type(output).__name__
+        raise ValueError(
+            f"{name} returned {what}: must return the updated hidden states, {list(given.shape)}"
+        )
+    if _version(packed_RD) != version:
+        raise ValueError(
+            f"{name} changed its input in place: must leave it as it is (x = x + y, not x += y), "
+            "since the update is the difference to it"
+        )
+    return output if given is packed_RD else from_rows(output, layout)
 
 
 def to_rows(packed_RX: Tensor, layout: TokenLayout) -> Tensor:
     """[B, K, X]: one row a sequence, its tokens in order, zeros on the right of shorter ones.
 
+    Where no sequence has a token, K is 1 and all is zero: a block runs all the same (every
+    parameter takes part on every rank), and many cannot run on rows without columns.
+
     Args:
         packed_RX: [R, X], anything that belongs to the tokens of `layout`.
-        layout: of these tokens; K is its `max_seqlen`.
+        layout: of these tokens; K is its `max_seqlen`, at least 1.
     """
-    if layout.uniform:
+    if layout.uniform and layout.max_seqlen:
         return packed_RX.unflatten(0, (layout.batch_size, layout.max_seqlen))
-    shape = (layout.batch_size * layout.max_seqlen, *packed_RX.shape[1:])
-    rows = combine_(packed_RX.new_zeros(shape), packed_RX, _places(layout))
-    return rows.unflatten(0, (layout.batch_size, layout.max_seqlen))
+    columns = max(layout.max_seqlen, 1)
+    rows = packed_RX.new_zeros((layout.batch_size * columns, *packed_RX.shape[1:]))
+    return combine_(rows, packed_RX, _places(layout)).unflatten(0, (layout.batch_size, columns))
 
 
 def from_rows(rows_BKX: Tensor, layout: TokenLayout) -> Tensor:
     """[R, X]: the rows back as packed tokens; what lies on the right of shorter ones is dropped."""
-    if layout.uniform:
+    if layout.uniform and layout.max_seqlen:
         return rows_BKX.flatten(0, 1)
     return pack(rows_BKX.flatten(0, 1), _places(layout))
 
@@ -95,5 +121,26 @@ def _places(layout: TokenLayout) -> Tensor:
     return sequence_R * layout.max_seqlen + column_R
 
 
-def _first(output: Tensor | tuple[Any, ...]) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; not known under `inference_mode`, nor to a compiler."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version
+
+
+def refuse_cache(kwargs: dict[str, Any], layout: TokenLayout) -> None:
+    """A cache of `transformers` would hold chosen tokens, and zeros, as if they were the text.
+
+    One that is made for this forward alone, as in training, holds no more than its tokens.
+
+    Args:
+        kwargs: what the wrapper was given for its block.
+        layout: of all tokens of this forward.
+    """
+    cache = kwargs.get("past_key_values")
+    held = 0 if cache is None else int(cache.get_seq_length())
+    if held > layout.max_seqlen:
+        raise ValueError(
+            f"past_key_values of {held} tokens: a wrapped layer cannot continue from a cache that "
+            "is not its own; call the model with use_cache=False"
+        )

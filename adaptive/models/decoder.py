@@ -32,7 +32,7 @@ from adaptive.models.layers import (
 from adaptive.ops.cross_entropy import cross_entropy
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import pack
-from adaptive.routing.layout import TokenLayout, layout_from_mask
+from adaptive.routing.layout import TokenLayout, layout_from_mask, valid_tokens
 from adaptive.routing.recompute import checkpoint
 from adaptive.routing.tape import current_tape
 from parallel.context import gather_context_rows, own_context_rows
@@ -328,7 +328,7 @@ class Decoder(nn.Module):
         if layout is not None:
             raise ValueError("layout and token_mask: give one of them")
         _check_shape("token_mask", token_mask, input_ids_BS)
-        layout, valid = layout_from_mask(token_mask.bool())
+        layout, valid = layout_from_mask(valid_tokens(token_mask))
         return pack(ids_T, valid), layout, valid
 
 

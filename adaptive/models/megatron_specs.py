@@ -139,7 +139,7 @@ def _run(
     rotary: Tensor | None,
 ) -> Tensor:
     """Chosen tokens as rows of their own, with the mask and the rotary angles of their places."""
-    batch, longest = layout.batch_size, layout.max_seqlen
+    batch, longest = layout.batch_size, max(layout.max_seqlen, 1)  # as `to_rows` makes them
     column_R = torch.arange(layout.tokens, device=packed_RD.device)
     sequence_R = layout.sequence_ids
     column_R = column_R - layout.cu_seqlens.long()[sequence_R]

@@ -97,6 +97,22 @@ class TokenLayout:
         return TokenLayout(cu_seqlens, max_seqlen, self.positions[indices])
 
 
+def valid_tokens(token_mask: Tensor) -> Tensor:
+    """A mask of valid tokens as bool, its shape unchanged.
+
+    Raises:
+        ValueError: if it has a floating dtype. Additive attention masks have: 0 where a token is
+            valid and -inf where it is not, the opposite of what `bool` makes of them.
+    """
+    if token_mask.is_floating_point():
+        dtype = str(token_mask.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"token_mask of dtype {dtype}: must be bool, False at padding "
+            "(of an additive mask: mask == 0)"
+        )
+    return token_mask.bool()
+
+
 def layout_from_mask(valid_BS: Tensor) -> tuple[TokenLayout, Tensor]:
     """Drop padding: the layout of the valid tokens, and their flat indices int64 [T].
 

@@ -138,7 +138,9 @@ class Selection:
         running = torch.zeros(tokens + 1, units, dtype=torch.int32, device=chosen_TU.device)
         running[1:] = chosen_TU.cumsum(0)
         cu_seqlens = running[layout.cu_seqlens.long()]
-        counts, longest = torch.stack([cu_seqlens[-1], cu_seqlens.diff(dim=0).amax(0)]).tolist()
+        # With a row of zeros: a batch of no sequence has no longest one.
+        lengths = torch.cat([running[:1], cu_seqlens.diff(dim=0)])
+        counts, longest = torch.stack([cu_seqlens[-1], lengths.amax(0)]).tolist()
         selections = []
         for unit in range(units):
             chosen = torch.nonzero_static(chosen_TU[:, unit], size=counts[unit]).squeeze(1)

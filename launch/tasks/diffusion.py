@@ -5,7 +5,6 @@ Shape legend: B rows (images), S tokens of an image, C channels, H W pixels.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,6 +21,7 @@ from launch.errors import BadInput
 from launch.images import ImageConfig, ImageData, tile, to_pixels
 from launch.ranks import is_first
 from launch.tasks import Batch, Sums, Task, row_generator
+from launch.terminal import command
 from parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class DiffusionTask(Task):
         writer.add_image("samples", sheet, step, dataformats="HWC")
 
     def sample_command(self, checkpoint: Path) -> str:
-        return f"{sys.executable} -m launch.sample {checkpoint} --png samples.png"
+        return command("launch.sample", checkpoint, "--png", "samples.png")
 
 
 def averaged_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

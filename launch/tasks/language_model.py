@@ -5,7 +5,6 @@ Shape legend: B rows, S tokens of a row, T tokens.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +19,7 @@ from launch.data import Corpus, TextConfig, Tokenizer, open_corpus
 from launch.errors import BadInput
 from launch.pictures import show_routing
 from launch.tasks import Batch, Sums, Task
+from launch.terminal import command
 from parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class LanguageModelTask(Task):
         show_routing(engine, ids_S, texts, step, writer, self._probe)
 
     def sample_command(self, checkpoint: Path) -> str:
-        return f"{sys.executable} -m launch.generate {checkpoint} --prompt 'def '"
+        return command("launch.generate", checkpoint, "--prompt", "def ")
 
 
 def _shifted(rows: list[np.ndarray]) -> Batch:

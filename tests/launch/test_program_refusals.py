@@ -32,6 +32,16 @@ def test_programs_are_found() -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_help_begins_with_what_one_types(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        import_module(f"launch.{program}").main(["--help"])
+    assert stop.value.code == 0
+    usage = " ".join(capsys.readouterr().out.split())
+    # train is a file for DeepSpeed's launcher.
+    assert usage.startswith((f"usage: python -m launch.{program} ", "usage: launch/train.py "))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_an_unknown_option_is_one_line(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, program, "--no-such-option").startswith("error: ")
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from launch import progress
 from launch.loop import StepReport
-from launch.progress import Progress, clock, rate
+from launch.progress import Progress, clock, farewell, rate
+from launch.tasks.diffusion import DiffusionTask
+from launch.tasks.language_model import LanguageModelTask
 
 REPORT = StepReport(2.0, 100, 4e6, 6e6, False, [])
 
@@ -49,3 +54,17 @@ def test_an_evaluation_between_two_steps_slows_no_rate(
         assert "8 MFLOP/s executed, 12 MFLOP/s nominal" in line
     # What is left is told by the clock: there will be evaluations again.
     assert re.search(r"1:02 left$", second)
+
+
+@pytest.mark.parametrize("task", [LanguageModelTask, DiffusionTask])
+def test_the_last_lines_are_commands_whatever_the_folder_is_called(task: type) -> None:
+    run = Path("my runs/it's one")
+    checkpoint = run / "checkpoints" / "step-00000006"
+    sample = task.sample_command(None, checkpoint)
+    lines = farewell(
+        checkpoint=checkpoint, output=run, tensorboard=True, sample=sample, seconds=1.0
+    ).splitlines()
+    words = {line.split()[0]: shlex.split(line)[1:] for line in lines[2:]}
+    assert words["TensorBoard"][:2] == words["sample"][:2] == [sys.executable, "-m"]
+    assert words["TensorBoard"][-1] == str(run)
+    assert str(checkpoint) in words["sample"]
