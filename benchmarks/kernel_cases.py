@@ -270,7 +270,7 @@ def ring_parts(tiny: bool, quick: bool) -> Iterator[Case]:
                 # The later half of a sequence meets the earlier one: no pair is masked.
                 positions = torch.arange(2 * tokens, device=device)
                 halves = (positions, torch.zeros_like(positions), (tokens, tokens))
-                layout = RingLayout.of(*halves, None)  # type: ignore[arg-type]
+                layout = RingLayout.of(*halves, None)
                 pair = Pair(layout, layout, 1, 0)
                 inputs = [draw(device, dtype, tokens, heads, head_dim)]
                 inputs += [draw(device, dtype, tokens, kv_heads, head_dim) for _ in "kv"]

@@ -106,7 +106,8 @@ class RingLayout:
 
     def pairs(self, queries: int, keys: int) -> int:
         """Query-key pairs that are computed between two ranks' tokens."""
-        return pairs_of(self.bounds[queries], self.bounds[keys], self.causal)
+        seen = Pair(self, self, queries, keys).runs()
+        return sum((q[1] - q[0]) * (k[1] - k[0]) for q, k in seen)
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,6 @@ def _masks(q: Bounds, k: Bounds, causal: bool) -> bool:
     """Whether some of the pairs of two runs are hidden."""
     one_sequence = q[4] == q[5] == k[4] == k[5]
     return not one_sequence or (causal and q[2] < k[3])
-
-
-def pairs_of(queries: list[Bounds], keys: list[Bounds], causal: bool) -> int:
-    """Query-key pairs in the blocks of runs that can see each other."""
-    return sum(
-        (q[1] - q[0]) * (k[1] - k[0]) for q in queries for k in keys if _may_see(q, k, causal)
-    )
 
 
 def runs(on_host: Tensor, sizes: tuple[int, ...]) -> tuple[list[list[Bounds]], bool]:

@@ -38,7 +38,7 @@ class LlamaRows:
             "position_ids": positions_BK,
             "attention_mask": None,
         }
-        return super().inner(packed_RD, selection, **kwargs)  # type: ignore[misc]
+        return super().inner(packed_RD, selection, **kwargs)
 
 
 class RoutedLlamaLayer(LlamaRows, MixtureOfDepths):
