@@ -28,7 +28,7 @@ from adaptive.ops.permute import permute, unpermute
 from adaptive.ops.ranking import highest_columns, order_by_unit
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
-from parallel.ring_layout import Pair, RingLayout
+from parallel.ring.layout import Pair, RingLayout
 
 
 @dataclass

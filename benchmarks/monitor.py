@@ -24,10 +24,10 @@ from measure import save
 from adaptive import RoutingTape
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.flops import Work, executed_flops, nominal_flops
-from adaptive.metric_log import MetricLog
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.monitor import Monitor
-from adaptive.routing_images import chosen_by_layer, depth_map, text_map
+from adaptive.observe.metric_log import MetricLog
+from adaptive.observe.monitor import Monitor
+from adaptive.observe.pictures import chosen_by_layer, depth_map, text_map
 
 EVERY = 10
 

@@ -4,7 +4,7 @@
 
 Ranks are gloo processes with one thread each. More ranks than cores take turns, so seconds of 4
 ranks on 2 cores say nothing about scaling; bytes are exact. Beside each time stands what the
-planner predicts from rates that are measured just before and just after (`launch.machine_probe`).
+planner predicts from rates that are measured just before and just after (`launch.planning.probe`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.routing.layout import TokenLayout
 from benchmarks.measure import interleave_on_ranks, median_ratio, medians, save
-from launch.machine_probe import probe
-from launch.machines import Machine, between
-from launch.step_time import Demand, LayerShape, layer_demand, ring_demand, seconds
+from launch.planning.machines import Machine, between
+from launch.planning.probe import probe
+from launch.planning.step_time import Demand, LayerShape, layer_demand, ring_demand, seconds
+from parallel.checks.traffic import Traffic
 from parallel.cost import (
     context_bytes,
     replicated_bytes,
@@ -37,10 +38,9 @@ from parallel.cost import (
 )
 from parallel.mesh import Mesh
 from parallel.ranks import on_ranks
-from parallel.ring import RingLayout, ring_attention, zigzag_rows
-from parallel.ring_order import moved_share
-from parallel.sequence import even_shards
-from parallel.traffic import Traffic
+from parallel.ring.attention import RingLayout, ring_attention, zigzag_rows
+from parallel.ring.order import moved_share
+from parallel.rows import even_shards
 
 CAPACITY = 0.125
 HEADS, HEAD_DIM = 8, 32

@@ -21,10 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import save
-from launch.config import load_config
-from launch.machine_probe import measure
-from launch.machines import Machine, between
 from launch.plan import plan
+from launch.planning.machines import Machine, between
+from launch.planning.probe import measure
+from launch.run.config import load_config
 from parallel.mesh import Mesh
 
 ROOT = Path(__file__).resolve().parents[1]

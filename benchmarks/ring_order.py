@@ -3,7 +3,7 @@
     python benchmarks/ring_order.py [--quick]
 
 An attention layer, forward and backward, over 2 gloo ranks of one thread each. "stay" is what rows
-do where nothing is saved, and did everywhere before `parallel.ring_order`; Ulysses, which needs
+do where nothing is saved, and did everywhere before `parallel.ring.order`; Ulysses, which needs
 heads that divide, is beside. Also the time to find out who attends for what, once a forward.
 """
 
@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from adaptive.models.layers import Attention
+from adaptive.models.decoder.layers import Attention
 from adaptive.routing.layout import TokenLayout
 from benchmarks.measure import interleave_on_ranks, median_ratio, medians, save
-from parallel import ring_order
+from parallel.checks.traffic import Traffic
 from parallel.mesh import Mesh
 from parallel.ranks import on_ranks
-from parallel.sequence import even_shards
-from parallel.traffic import Traffic
+from parallel.ring import order as ring_order
+from parallel.rows import even_shards
 
 RANKS = 2
 HEADS, HEAD_DIM = 8, 32

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive import MixtureOfDepths, TokenLayout
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 
 CAPACITIES = (1.0, 0.5, 0.25, 0.125)
 

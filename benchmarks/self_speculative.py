@@ -26,10 +26,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.generate import Sampling, generate
-from adaptive.models.self_speculative import Drafting, ExitAdapter, Speculator, distil_adapter
-from launch.checkpoints import load_model
-from launch.data import Corpus, TextConfig
+from adaptive.models.decoder.generate import Sampling, generate
+from adaptive.models.decoder.speculative import (
+    Drafting,
+    ExitAdapter,
+    Speculator,
+    distil_adapter,
+)
+from launch.checkpoint.files import load_model
+from launch.data.text import Corpus, TextConfig
 
 PROMPT, NEW = 48, 96
 

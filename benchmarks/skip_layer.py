@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adaptive import RoutingTape, SkipLayer, TokenLayout
 from adaptive.flops import executed_flops, nominal_flops
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 
 DENSITIES = (0.25, 0.5, 0.75)
 VARIANTS = ("masked", "none", "exact")

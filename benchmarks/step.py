@@ -35,7 +35,7 @@ from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.flops import executed_flops, nominal_flops, planned_flops
 from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTransformer
-from adaptive.models.decoder import build_layer
+from adaptive.models.decoder.model import build_layer
 from adaptive.routing.layout import TokenLayout
 from parallel.mesh import Mesh
 

@@ -24,18 +24,18 @@ import torch
 import yaml
 
 from adaptive.flops import planned_flops
-from adaptive.metric_log import read_metrics
-from launch.checkpoints import find_checkpoint, load_model, read_state
-from launch.comparison_report import write_results
-from launch.config import RunConfig, load_config, load_saved
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
-from launch.options import check_counts, refuse_empty_values
-from launch.preflight import check_run, meta_model
-from launch.run_folder import free_name, only_run_in
+from adaptive.observe.metric_log import read_metrics
+from launch.checkpoint.files import find_checkpoint, load_model, read_state
+from launch.run.comparison_report import write_results
+from launch.run.config import RunConfig, load_config, load_saved
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.folder import free_name, only_run_in
+from launch.run.options import check_counts, refuse_empty_values
+from launch.run.preflight import check_run, meta_model
+from launch.run.validation import validated
+from launch.run.writable import check_folder, write_text_whole
 from launch.tasks import Task, task_class
 from launch.train import __file__ as TRAIN
-from launch.validation import validated
-from launch.writable import check_folder, write_text_whole
 from parallel.mesh import Mesh
 
 

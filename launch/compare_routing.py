@@ -28,12 +28,12 @@ from adaptive.routing.collapse import (
     routing_fluctuation,
 )
 from adaptive.routing.tape import RoutingTape
-from launch.checkpoints import find_checkpoint, load_model
-from launch.data import TextConfig
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
-from launch.options import check_counts
+from launch.checkpoint.files import find_checkpoint, load_model
+from launch.data.text import TextConfig
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.options import check_counts
+from launch.run.writable import check_file
 from launch.tasks import Batch, task_class
-from launch.writable import check_file
 from parallel.checkpoint import problem_with, step_of
 from parallel.mesh import Mesh
 

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 from adaptive.ops.backend import explain, operations
-from launch import kernel_doctor
-from launch.errors import OneLineParser, exit_on_bad_input
+from launch.planning import kernels as kernel_doctor
+from launch.run.errors import OneLineParser, exit_on_bad_input
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 

@@ -17,21 +17,21 @@ from typing import TextIO
 import torch
 
 from adaptive.blocks.calibration import calibrate
-from adaptive.models.decoder import Decoder
-from adaptive.models.generate import (
+from adaptive.models.decoder.generate import (
     Generation,
     Sampling,
     check_prompts,
     generate,
     non_causal_layers,
 )
-from launch import decode_depth
-from launch.checkpoints import load_model
-from launch.config import RunConfig
-from launch.data import Corpus, Tokenizer
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
-from launch.options import check_counts, check_seed
-from launch.terminal import shown, visible
+from adaptive.models.decoder.model import Decoder
+from launch.checkpoint.files import load_model
+from launch.data.text import Corpus, Tokenizer
+from launch.run.config import RunConfig
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.options import check_counts, check_seed
+from launch.run.terminal import shown, visible
+from launch.tasks import decode_depth
 
 _CALIBRATION_ROWS = 16
 

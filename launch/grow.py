@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.growth import Growth, grow, grown_config, grown_moments
-from launch.checkpoints import (
+from launch.checkpoint.files import (
     WholeState,
     find_checkpoint,
     load_model,
@@ -34,11 +34,11 @@ from launch.checkpoints import (
     read_whole,
     write_whole,
 )
-from launch.config import RunConfig, load_saved, save_resolved
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.config import RunConfig, load_saved, save_resolved
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.terminal import command
+from launch.run.writable import check_folder
 from launch.tasks import Task, task_class
-from launch.terminal import command
-from launch.writable import check_folder
 from parallel.checkpoint import newest_intact, save_atomically
 from parallel.mesh import Mesh
 

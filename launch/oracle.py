@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from adaptive.models.decoder import Decoder
-from adaptive.models.oracle import Found, OracleReport, search
-from launch.checkpoints import load_model
-from launch.data import Corpus
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
-from launch.options import check_counts
-from launch.writable import check_file
+from adaptive.models.decoder.model import Decoder
+from adaptive.models.decoder.oracle import Found, OracleReport, search
+from launch.checkpoint.files import load_model
+from launch.data.text import Corpus
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.options import check_counts
+from launch.run.writable import check_file
 
 
 def arguments_parser() -> argparse.ArgumentParser:

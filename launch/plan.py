@@ -11,15 +11,10 @@ import torch
 from torch import nn
 
 from adaptive.flops import Work
-from adaptive.models.decoder import Decoder, DecoderConfig
-from launch.config import RunConfig, load_config
-from launch.engine import batch_split
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
-from launch.machines import PUBLISHED, Machine, machine_of, with_given
-from launch.options import check_counts, check_positive, refuse_empty_values
+from adaptive.models.decoder.model import Decoder, DecoderConfig
 from launch.parity import parse_mesh
-from launch.preflight import meta_model
-from launch.step_time import (
+from launch.planning.machines import PUBLISHED, Machine, machine_of, with_given
+from launch.planning.step_time import (
     Collective,
     Demand,
     LayerShape,
@@ -31,6 +26,11 @@ from launch.step_time import (
     seconds,
     weight_passes,
 )
+from launch.run.config import RunConfig, load_config
+from launch.run.engine import batch_split
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.options import check_counts, check_positive, refuse_empty_values
+from launch.run.preflight import meta_model
 from parallel import cost
 from parallel.gradients import is_expert
 from parallel.mesh import Mesh, data_degree
@@ -39,7 +39,7 @@ _EPILOG = """\
 Memory: weights, gradients and Adam's moments as the ZeRO stage shards them, and the activations
 that one micro-batch keeps. Communication: the formulas of docs/parallelism.md. Time: products,
 attention and element-wise passes at the machine's rates, plus a latency and bytes over bandwidth
-for every collective, nothing overlapped (launch/step_time.py). --machine this measures this machine
+for every collective, nothing overlapped (launch/planning/step_time.py). --machine this measures it
 first; the others are published peaks times shares that are assumed, not measured.
 """
 

@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptive.models.samplers import SamplingConfig
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
-from launch.images import ImageData
-from launch.options import check_counts, check_seed
+from adaptive.models.diffusion.samplers import SamplingConfig
+from launch.data.images import ImageData
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.options import check_counts, check_seed
+from launch.run.writable import check_file
 from launch.sample import (
     add_sampling_options,
     draw_samples,
     load_diffusion,
     sampling_config,
 )
-from launch.writable import check_file
 
 FEATURES = 64
 

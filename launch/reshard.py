@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.checkpoints import WholeState, find_checkpoint, read_whole, write_whole
-from launch.config import ParallelConfig, RunConfig
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.checkpoint.files import WholeState, find_checkpoint, read_whole, write_whole
 from launch.parity import parse_mesh
-from launch.writable import check_folder
-from launch.zero import check_zero
+from launch.run.config import ParallelConfig, RunConfig
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.writable import check_folder
+from launch.run.zero import check_zero
 from parallel.checkpoint import save_atomically
 from parallel.mesh import data_degree
 from parallel.ranks import on_ranks
@@ -110,8 +110,8 @@ def _tensors(whole: WholeState) -> dict[str, Tensor]:
 
 def _gathered(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
     """On every rank: load, and give back whole tensors."""
-    from launch.engine import Engine
-    from launch.ranks import join_ranks
+    from launch.run.engine import Engine
+    from launch.run.ranks import join_ranks
     from launch.tasks import task_class
     from parallel.mesh import Mesh
 

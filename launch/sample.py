@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adaptive.models.diffusion import DiffusionTransformer
-from adaptive.models.samplers import SamplingConfig, operations_per_image, sample
-from launch.checkpoints import TASK_STATE, find_checkpoint, load_model
-from launch.config import RunConfig
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
-from launch.images import tile, to_pixels
-from launch.options import check_counts, check_seed
+from adaptive.models.diffusion.model import DiffusionTransformer
+from adaptive.models.diffusion.samplers import SamplingConfig, operations_per_image, sample
+from launch.checkpoint.files import TASK_STATE, find_checkpoint, load_model
+from launch.data.images import tile, to_pixels
+from launch.run.config import RunConfig
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.options import check_counts, check_seed
+from launch.run.writable import check_file
 from launch.tasks.diffusion import averaged_weights
-from launch.writable import check_file
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 
-from launch.arguments import Parsed, parse
-from launch.engine import batch_split
-from launch.errors import BadInput, exit_on_bad_input
-from launch.preflight import check_run, meta_model
-from launch.ranks import free_port
+from launch.run.arguments import Parsed, parse
+from launch.run.engine import batch_split
+from launch.run.errors import BadInput, exit_on_bad_input
+from launch.run.preflight import check_run, meta_model
+from launch.run.ranks import free_port
 from parallel.mesh import data_degree
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -200,7 +200,7 @@ def _listening_ranks(launcher: int) -> Iterator[int]:
 
 
 def _listens(pid: int) -> bool:
-    """Whether a process handles SIGTERM (launch.ranks.StopRequest), where the system says so."""
+    """Whether a process handles SIGTERM (`StopRequest`), where the system says so."""
     if not Path("/proc/self/status").exists():
         return True
     try:

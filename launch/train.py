@@ -23,20 +23,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from adaptive.alarms import Alarm
-from adaptive.metric_log import MetricLog
-from adaptive.monitor import Monitor
-from launch.arguments import parse
-from launch.checkpoints import RunState, read_state
-from launch.config import RunConfig, save_resolved
-from launch.engine import Engine
-from launch.errors import BadInput, exit_on_bad_input
-from launch.loop import Loop, RunFailed
-from launch.optimizer import learning_rate_at
-from launch.preflight import changed_settings, check_continues, check_run
-from launch.progress import Progress, farewell
-from launch.ranks import StopRequest, is_first, join_ranks
-from launch.run_folder import how_to_continue, only_run_in, where_to_start
+from adaptive.observe.alarms import Alarm
+from adaptive.observe.metric_log import MetricLog
+from adaptive.observe.monitor import Monitor
+from launch.checkpoint.files import RunState, read_state
+from launch.run.arguments import parse
+from launch.run.config import RunConfig, save_resolved
+from launch.run.engine import Engine
+from launch.run.errors import BadInput, exit_on_bad_input
+from launch.run.folder import how_to_continue, only_run_in, where_to_start
+from launch.run.loop import Loop, RunFailed
+from launch.run.optimizer import learning_rate_at
+from launch.run.preflight import changed_settings, check_continues, check_run
+from launch.run.progress import Progress, farewell
+from launch.run.ranks import StopRequest, is_first, join_ranks
 from launch.tasks import task_class
 from parallel.mesh import Mesh
 

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptive.models.decoder import Decoder
-from adaptive.models.self_speculative import ExitAdapter, distil_adapter
-from launch.checkpoints import load_model
-from launch.config import RunConfig
-from launch.data import Corpus
-from launch.decode_depth import save_adapter
-from launch.errors import BadInput, OneLineParser, exit_on_bad_input
+from adaptive.models.decoder.model import Decoder
+from adaptive.models.decoder.speculative import ExitAdapter, distil_adapter
+from launch.checkpoint.files import load_model
+from launch.data.text import Corpus
 from launch.generate import chosen_device
-from launch.options import check_counts, check_positive, check_seed
-from launch.writable import check_file
+from launch.run.config import RunConfig
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.options import check_counts, check_positive, check_seed
+from launch.run.writable import check_file
+from launch.tasks.decode_depth import save_adapter
 
 
 def arguments_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from parallel.mesh import Mesh
-from parallel.sequence import even_shards, exchange_rows, gather_rows
+from parallel.rows import even_shards, exchange_rows, gather_rows
 
 
 def tokens_to_heads(

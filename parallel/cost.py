@@ -1,7 +1,7 @@
 """What a mesh costs, as formulas: bytes that one rank sends.
 
 Each function gives the mean over the ranks of a group, forward and backward together unless it
-says otherwise, reductions and gathers counted as rings, as `parallel.traffic.Traffic` counts them.
+says otherwise, reductions and gathers counted as rings, as `parallel.checks.traffic` counts them.
 Tests and `benchmarks/parallel.py` hold them against what is really sent.
 
 T tokens of one micro-batch (of all ranks of the group together), D width, n ranks of the group,
@@ -90,7 +90,7 @@ def zigzag_bytes(
 ) -> float:
     """Rows to where a ring wants them and back: 2 · m · c · T/n · (2H + 2G) · h · size.
 
-    `moved`, m, is the share of rows that change ranks (`parallel.ring_order.moved_share`).
+    `moved`, m, is the share of rows that change ranks (`parallel.ring.order.moved_share`).
     """
     row = (2 * heads + 2 * kv_heads) * head_dim
     return 2 * moved * share * tokens / ranks * row * size

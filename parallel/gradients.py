@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.mesh import Mesh
-from parallel.sequence import all_gather_rows
+from parallel.rows import all_gather_rows
 from parallel.tensor import is_split
 
 

@@ -25,7 +25,7 @@ class Mesh:
     Attributes:
         context_attention: how attention sees sequences that lie over context ranks: "ulysses"
             (all tokens and some heads, `parallel.context`) or "ring" (own tokens and all heads,
-            `parallel.ring`).
+            `parallel.ring.attention`).
         shard_group: ranks over which the tokens of one pack lie, in rank order: context ranks, and
             under sequence parallelism the tensor ranks of each; None where each rank holds whole
             sequences.

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.checks.traces import Report, Row, Trace, compare
 from parallel.gradients import average_gradients, clip_gradients, whole
 from parallel.mesh import Mesh, data_degree
 from parallel.ranks import on_ranks
-from parallel.traces import Report, Row, Trace, compare
 
 __all__ = [
     "Batch",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from parallel.linear import Linear
 from parallel.mesh import Mesh
-from parallel.sequence import (
+from parallel.rows import (
     all_gather_rows,
     even_shards,
     gather_rows,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.mesh import Mesh
-from parallel.sequence import all_gather_rows
+from parallel.rows import all_gather_rows
 
 
 def vocab_cross_entropy(

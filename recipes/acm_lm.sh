@@ -25,7 +25,7 @@ tuned=(--config "$recipe" "$@" output="$output/tuned")
 "$python" -m launch.start "${dense[@]}"
 if [ -z "$dry_run" ]; then
   # A training that was stopped as asked has exited 0 too.
-  "$python" -m launch.finished "${dense[@]}"
+  "$python" -m launch.run.finished "${dense[@]}"
   teacher="$(ls -d "$output"/dense/checkpoints/step-* | tail -n 1)"
   # teacher.json is the manifest, with its checksums, of what tuned was made of; written last.
   if ! cmp -s "$teacher/manifest.json" "$output/tuned/teacher.json"; then
@@ -34,7 +34,7 @@ if [ -z "$dry_run" ]; then
       mv "$output/tuned" "$aside"
       echo "$output/tuned: was not made of $teacher; moved to $aside and made anew"
     fi
-    "$python" -m launch.convert_acm "$teacher" --output "$output/tuned"
+    "$python" -m launch.convert acm "$teacher" --output "$output/tuned"
     cp "$teacher/manifest.json" "$output/tuned/teacher.json"
   fi
 fi

@@ -35,7 +35,7 @@ for seed in 0 1 2; do
     fi
     "$python" -m launch.train "${words[@]}"
     # A training that was stopped as asked has exited 0 too.
-    "$python" -m launch.finished "${words[@]}"
+    "$python" -m launch.run.finished "${words[@]}"
   done
   # Seeds differ in nothing that a plan shows.
   [ -z "$dry_run" ] || exit 0

@@ -28,7 +28,7 @@ _PRELOAD = [
     "megatron.core.tensor_parallel",
     "deepspeed",
     "adaptive",
-    "adaptive.models.decoder",
+    "adaptive.models.decoder.model",
 ]
 
 

@@ -87,4 +87,4 @@ def test_files_have_one_subject() -> None:
     for package in ("adaptive", "parallel", "launch", "tests", "benchmarks"):
         for path in sources(package):
             assert path.stem not in vague, path
-            assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 600, path

@@ -36,7 +36,7 @@ from adaptive.routing.tape import (
     masked_mean,
 )
 from parallel.mesh import Mesh
-from parallel.sequence import gather_over_shards
+from parallel.rows import gather_over_shards
 
 
 class LearnerChoice(NamedTuple):
@@ -55,7 +55,7 @@ class AdaptiveComputationModule(nn.Module):
     The gate is a straight-through Gumbel-softmax over the N + 1 counts; the gradient that reaches
     "at least i" is `<grad_out, learner_i(x)>` where the learner ran, zero where it did not. In
     evaluation the argmax decides. Training from a trained feed-forward has three stages
-    (`adaptive.models.acm_conversion`): learners imitate it, the gate learns labels made from the
+    (`adaptive.models.convert.acm`): learners imitate it, the gate learns labels made from the
     learners' errors, then the whole model trains with the two losses here:
 
     - the budget, `|mean cost - budget|` over all modules of the model, cost = k / N;

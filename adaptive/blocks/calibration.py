@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths
 from adaptive.routing.tape import RoutingTape
 from parallel.mesh import Mesh
-from parallel.sequence import all_gather_rows
+from parallel.rows import all_gather_rows
 
 
 @torch.no_grad()

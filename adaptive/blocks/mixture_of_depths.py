@@ -35,7 +35,7 @@ from adaptive.routing.tape import (
 from parallel.context import move_rows
 from parallel.draws import draw_own_rows
 from parallel.mesh import Mesh
-from parallel.sequence import even_shards, gather_over_shards
+from parallel.rows import even_shards, gather_over_shards
 from parallel.tensor import replicated
 
 Weight = Literal["raw", "sigmoid", "tanh_norm"]

@@ -43,7 +43,7 @@ from adaptive.routing.token_choice import (
 )
 from parallel.expert import combine, dispatch, plan_dispatch
 from parallel.mesh import Mesh
-from parallel.sequence import gather_over_shards
+from parallel.rows import gather_over_shards
 from parallel.tensor import enter_tensor_region, leave_tensor_region
 
 ExpertsChoice = Literal["token", "expert"]

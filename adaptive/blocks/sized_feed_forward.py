@@ -39,7 +39,7 @@ from adaptive.routing.tape import (
     masked_mean,
 )
 from parallel.mesh import Mesh
-from parallel.sequence import gather_over_shards
+from parallel.rows import gather_over_shards
 
 PATHS = ("bypass", "small", "big")
 BYPASS, SMALL, BIG = range(3)

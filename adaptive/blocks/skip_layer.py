@@ -31,7 +31,7 @@ from adaptive.routing.scope import BatchScope
 from adaptive.routing.selection import Selection
 from adaptive.routing.tape import RoutingRecord, RoutingTape, current_tape, masked_mean
 from parallel.mesh import Mesh
-from parallel.sequence import gather_over_shards
+from parallel.rows import gather_over_shards
 
 Keys = Literal["all", "executing"]
 Granularity = Literal["block", "attention", "ffn"]

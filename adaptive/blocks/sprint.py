@@ -29,7 +29,7 @@ from adaptive.routing.recompute import checkpoint, decide
 from adaptive.routing.selection import Selection
 from adaptive.routing.tape import RoutingRecord, current_tape
 from parallel.mesh import Mesh
-from parallel.sequence import even_shards
+from parallel.rows import even_shards
 
 Paths = Literal["both", "sparse", "dense"]
 

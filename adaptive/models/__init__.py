@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "Decoder": "adaptive.models.decoder",
-    "DecoderConfig": "adaptive.models.decoder",
-    "DiffusionConfig": "adaptive.models.diffusion",
-    "DiffusionTransformer": "adaptive.models.diffusion",
+    "Decoder": "adaptive.models.decoder.model",
+    "DecoderConfig": "adaptive.models.decoder.model",
+    "DiffusionConfig": "adaptive.models.diffusion.model",
+    "DiffusionTransformer": "adaptive.models.diffusion.model",
 }
 
 __all__ = sorted(_HOME)

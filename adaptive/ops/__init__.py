@@ -1,3 +1,3 @@
 """How tokens move and multiply: one public function an op, a torch reference that defines it."""
 
-from adaptive.ops import kernel_operators as kernel_operators  # declares them
+from adaptive.ops import operators as operators  # declares them

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from adaptive.ops.backend import Implementation, choose, refuses_triton, register
-from adaptive.ops.kernel_operators import attention_backward, attention_forward
-from parallel.ring import RingLayout, Scheme
-from parallel.ring import ring_attention as attend_round
-from parallel.ring_blocks import TORCH, Blocks
-from parallel.ring_layout import Pair
+from adaptive.ops.operators import attention_backward, attention_forward
+from parallel.ring.attention import RingLayout, Scheme
+from parallel.ring.attention import ring_attention as attend_round
+from parallel.ring.blocks import TORCH, Blocks
+from parallel.ring.layout import Pair
 
 
 def ring_attention(
@@ -25,7 +25,7 @@ def ring_attention(
     keys: RingLayout | None = None,
     scheme: Scheme = "queries",
 ) -> Tensor:
-    """`parallel.ring.ring_attention`, with our kernels where they serve.
+    """`parallel.ring.attention.ring_attention`, with our kernels where they serve.
 
     A kernel keeps no scores and multiplies in the dtype of what is given; outputs of parts, their
     log-sum-exp and gradients are merged in 32 bits. Tokens of a rank must lie sequence after

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from parallel.mesh import Mesh
-from parallel.ring_order import RingOrder
-from parallel.sequence import even_shards
+from parallel.ring.order import RingOrder
+from parallel.rows import even_shards
 
 
 @dataclass(frozen=True)

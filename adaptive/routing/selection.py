@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptive.routing.layout import TokenLayout
 from parallel.mesh import Mesh
-from parallel.sequence import even_shards, rows_of_rank
+from parallel.rows import even_shards, rows_of_rank
 
 
 @dataclass(frozen=True)

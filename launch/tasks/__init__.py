@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.flops import Work
-from launch.errors import BadInput
+from launch.run.errors import BadInput
 from parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from launch.checkpoints import WholeState
-    from launch.config import RunConfig
-    from launch.engine import Engine
+    from launch.checkpoint.files import WholeState
+    from launch.run.config import RunConfig
+    from launch.run.engine import Engine
 
 Batch = Mapping[str, Tensor]
 """Tensors of some rows, rows first. The loop moves them to the device and gives them to losses,

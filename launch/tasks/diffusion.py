@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.flops import Work
-from adaptive.models.diffusion import DiffusionConfig, DiffusionTransformer
-from adaptive.models.flow_matching import Draws, draw, flow_matching_loss
-from adaptive.models.samplers import sample
-from launch.averaging import WeightAverage
-from launch.engine import Engine
-from launch.errors import BadInput
-from launch.images import ImageConfig, ImageData, tile, to_pixels
-from launch.ranks import is_first
+from adaptive.models.diffusion.flow_matching import Draws, draw, flow_matching_loss
+from adaptive.models.diffusion.model import DiffusionConfig, DiffusionTransformer
+from adaptive.models.diffusion.samplers import sample
+from launch.data.images import ImageConfig, ImageData, tile, to_pixels
+from launch.run.averaging import WeightAverage
+from launch.run.engine import Engine
+from launch.run.errors import BadInput
+from launch.run.ranks import is_first
+from launch.run.terminal import command
 from launch.tasks import Batch, Sums, Task, row_generator
-from launch.terminal import command
 from parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from launch.config import RunConfig
+    from launch.run.config import RunConfig
 
 AVERAGE = "average."  # of the names of averaged weights in checkpoints
 _VALIDATION_SEED = 20251021

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.flops import Work
-from adaptive.models.decoder import Decoder, DecoderConfig
+from adaptive.models.decoder.model import Decoder, DecoderConfig
 from adaptive.routing.collapse import FluctuationProbe
-from launch.data import Corpus, TextConfig, Tokenizer, open_corpus
-from launch.errors import BadInput
-from launch.pictures import show_routing
+from launch.data.text import Corpus, TextConfig, Tokenizer, open_corpus
+from launch.run.errors import BadInput
+from launch.run.terminal import command
 from launch.tasks import Batch, Sums, Task
-from launch.terminal import command
+from launch.tasks.pictures import show_routing
 from parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from launch.checkpoints import WholeState
-    from launch.config import RunConfig
-    from launch.engine import Engine
+    from launch.checkpoint.files import WholeState
+    from launch.run.config import RunConfig
+    from launch.run.engine import Engine
 
 
 class LanguageModelTask(Task):

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from adaptive.growth import grow
 from adaptive.models import Decoder
-from adaptive.models.acm_conversion import convert as convert_to_learners
-from adaptive.models.decode_depth import SkipDecode, generate_at_depth
-from adaptive.models.generate import Sampling, generate
-from adaptive.models.oracle import search
-from adaptive.models.samplers import SamplingConfig, sample
-from adaptive.models.self_speculative import ExitAdapter, Speculator, distil_adapter
-from adaptive.monitor import Monitor
+from adaptive.models.convert.acm import convert as convert_to_learners
+from adaptive.models.decoder.decode_depth import SkipDecode, generate_at_depth
+from adaptive.models.decoder.generate import Sampling, generate
+from adaptive.models.decoder.oracle import search
+from adaptive.models.decoder.speculative import ExitAdapter, Speculator, distil_adapter
+from adaptive.models.diffusion.samplers import SamplingConfig, sample
+from adaptive.observe.monitor import Monitor
 from adaptive.routing.tape import RoutingTape
 from parallel.mesh import Mesh
 from parallel.parity import Share

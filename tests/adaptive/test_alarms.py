@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adaptive.alarms import AlarmLimits, Alarms
+from adaptive.observe.alarms import AlarmLimits, Alarms
 
 HEALTHY = {
     "tokens": 10_000.0,

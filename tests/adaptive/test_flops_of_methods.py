@@ -19,7 +19,7 @@ from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.generate import Sampling, generate
+from adaptive.models.decoder.generate import Sampling, generate
 
 DENSE = DecoderConfig(vocab_size=61, dim=64, num_layers=4, num_heads=4, max_seq_len=64)
 METHODS = {

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive import MixtureOfExperts, RoutingTape
-from adaptive.alarms import AlarmLimits
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_depths_and_experts import ExpertsWithIdle
 from adaptive.flops import executed_flops, nominal_flops
-from adaptive.metric_log import MetricLog, read_metrics
 from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTransformer
-from adaptive.monitor import Monitor
+from adaptive.observe.alarms import AlarmLimits
+from adaptive.observe.metric_log import MetricLog, read_metrics
+from adaptive.observe.monitor import Monitor
 from adaptive.routing.summary import RoutingWindow
 from adaptive.routing.tape import RoutingRecord
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from adaptive import RoutingTape
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.routing.tape import RoutingRecord
-from adaptive.routing_images import (
+from adaptive.observe.pictures import (
     _COMPUTED,
     _SKIPPED,
     _hue,
@@ -24,6 +23,7 @@ from adaptive.routing_images import (
     patch_map,
     text_map,
 )
+from adaptive.routing.tape import RoutingRecord
 
 
 def pixels(image_HWC: Tensor) -> Counter[tuple[int, ...]]:

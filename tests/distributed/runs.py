@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.checkpoints import RunState
-from launch.config import RunConfig, from_mapping
-from launch.engine import Engine
-from launch.loop import Loop
-from launch.ranks import StopRequest, join_ranks
+from launch.checkpoint.files import RunState
+from launch.run.config import RunConfig, from_mapping
+from launch.run.engine import Engine
+from launch.run.loop import Loop
+from launch.run.ranks import StopRequest, join_ranks
 from launch.tasks import task_class
 from parallel.mesh import Mesh
 

@@ -15,7 +15,7 @@ from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTransformer
-from adaptive.models.flow_matching import Draws, draw, flow_matching_loss
+from adaptive.models.diffusion.flow_matching import Draws, draw, flow_matching_loss
 from adaptive.routing.gumbel import GumbelSchedule
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.scope import BatchScope

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.averaging import WeightAverage
-from launch.config import from_mapping
+from launch.run.averaging import WeightAverage
+from launch.run.config import from_mapping
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
+from parallel.checks.traffic import Traffic
 from parallel.context import heads_to_tokens, move_rows, repeat_heads, tokens_to_heads
 from parallel.mesh import Mesh
-from parallel.sequence import even_shards
-from parallel.traffic import Traffic
+from parallel.rows import even_shards
 from tests.ranks import run_ranks
 
 LENGTHS = (7, 1, 12)

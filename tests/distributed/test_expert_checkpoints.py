@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.checkpoints import find_checkpoint, load_model, read_state
-from launch.config import from_mapping
-from launch.errors import BadInput
+from launch.checkpoint.files import find_checkpoint, load_model, read_state
+from launch.run.config import from_mapping
+from launch.run.errors import BadInput
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launch.errors import BadInput
-from launch.experts import count_every_expert_once, declare_experts, expert_groups
+from launch.run.errors import BadInput
+from launch.run.experts import count_every_expert_once, declare_experts, expert_groups
 from parallel.gradients import whole
 from parallel.mesh import Mesh
 from parallel.parity import Report, Settings, Trace, check_on_ranks

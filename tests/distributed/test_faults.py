@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import RoutingTape
-from parallel.faults import FAULTS
+from parallel.checks.faults import FAULTS
 from parallel.parity import Batch, Report, Settings, Share, Subject, check_on_ranks
 from tests.distributed.subjects import FAMILIES, LanguageModel
 from tests.ranks import run_ranks

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.config import from_mapping
+from launch.run.config import from_mapping
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 

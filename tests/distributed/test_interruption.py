@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from adaptive.metric_log import read_metrics
-from launch.checkpoints import find_checkpoint, load_model, read_state
-from launch.config import from_mapping
+from adaptive.observe.metric_log import read_metrics
+from launch.checkpoint.files import find_checkpoint, load_model, read_state
+from launch.run.config import from_mapping
 from launch.train import run
 from parallel.checkpoint import newest_intact
 from tests.distributed.runs import make_loop, tiny_config, train_few, write_text

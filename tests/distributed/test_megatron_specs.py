@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adaptive.models.megatron_specs import (
+from adaptive.models.weights.megatron_specs import (
     MegatronRMSNorm,
     block_of,
     hyperspherical_spec,

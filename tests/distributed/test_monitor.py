@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from adaptive.metric_log import MetricLog, read_metrics
-from adaptive.monitor import Monitor
+from adaptive.observe.metric_log import MetricLog, read_metrics
+from adaptive.observe.monitor import Monitor
 from adaptive.routing.summary import RoutingWindow
 from adaptive.routing.tape import RoutingRecord
-from launch.config import load_config
+from launch.run.config import load_config
 from launch.train import run
 from tests.ranks import run_ranks
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from launch.checkpoints import find_checkpoint, read_state, read_whole
-from launch.config import from_mapping
-from launch.errors import BadInput
+from launch.checkpoint.files import find_checkpoint, read_state, read_whole
+from launch.run.config import from_mapping
+from launch.run.errors import BadInput
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 

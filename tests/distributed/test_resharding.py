@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from launch.checkpoints import read_state, read_whole
-from launch.config import from_mapping
+from launch.checkpoint.files import read_state, read_whole
 from launch.reshard import main as reshard_main
 from launch.reshard import verify
+from launch.run.config import from_mapping
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
-from parallel import ring_blocks
+from parallel.checks.traffic import Traffic
 from parallel.cost import ring_bytes
-from parallel.ring import RingLayout, Scheme, cheaper_scheme, ring_attention, zigzag_rows
-from parallel.ring_layout import Pair
-from parallel.traffic import Traffic
+from parallel.ring import blocks as ring_blocks
+from parallel.ring.attention import (
+    RingLayout,
+    Scheme,
+    cheaper_scheme,
+    ring_attention,
+    zigzag_rows,
+)
+from parallel.ring.layout import Pair
 from tests.ranks import run_ranks
 
 HEADS, WIDTH = 4, 8

@@ -8,16 +8,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from adaptive.models.layers import Attention
+from adaptive.models.decoder.layers import Attention
 from adaptive.routing.layout import TokenLayout
-from parallel import ring_order
+from parallel.checks.traffic import Traffic
 from parallel.cost import context_bytes
 from parallel.mesh import Mesh
 from parallel.parity import Report, check_on_ranks
-from parallel.ring import zigzag_rows
-from parallel.ring_order import RingOrder, longest, moved_share, zigzag_owners, zigzag_where_it_pays
-from parallel.sequence import even_shards
-from parallel.traffic import Traffic
+from parallel.ring import order as ring_order
+from parallel.ring.attention import zigzag_rows
+from parallel.ring.order import (
+    RingOrder,
+    longest,
+    moved_share,
+    zigzag_owners,
+    zigzag_where_it_pays,
+)
+from parallel.rows import even_shards
 from tests.distributed.subjects import FAMILIES
 from tests.ranks import run_ranks
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.selection import Selection
+from parallel.checks.traffic import Traffic
 from parallel.mesh import Mesh
-from parallel.sequence import even_shards, rows_of_rank
-from parallel.traffic import Traffic
+from parallel.rows import even_shards, rows_of_rank
 from tests.ranks import run_ranks
 
 WIDTH, ROWS, LENGTH = 32, 2, 64

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adaptive.models import DiffusionTransformer
-from adaptive.models.samplers import sample
-from launch.averaging import WeightAverage
-from launch.checkpoints import RunState, read_state
-from launch.config import from_mapping
-from launch.engine import Engine
-from launch.images import tile, to_pixels
-from launch.loop import Loop
-from launch.ranks import StopRequest, join_ranks
+from adaptive.models.diffusion.samplers import sample
+from launch.checkpoint.files import RunState, read_state
+from launch.data.images import tile, to_pixels
+from launch.run.averaging import WeightAverage
+from launch.run.config import from_mapping
+from launch.run.engine import Engine
+from launch.run.loop import Loop
+from launch.run.ranks import StopRequest, join_ranks
 from launch.tasks import task_class
 from launch.tasks.diffusion import averaged_weights
 from parallel.mesh import Mesh

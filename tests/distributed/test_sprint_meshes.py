@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from adaptive import SparseDenseFusion, TokenLayout
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from parallel.gradients import whole as whole_parameter
 from parallel.mesh import Mesh
-from parallel.sequence import all_gather_rows
+from parallel.rows import all_gather_rows
 from tests.ranks import run_ranks
 
 Degrees = dict[str, Any]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel import megatron
+from parallel.checks.traffic import Traffic
 from parallel.mesh import Mesh
-from parallel.traffic import Traffic
 from parallel.vocab_cross_entropy import cached_rows, vocab_cross_entropy
 from tests.ranks import run_ranks
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from launch.errors import BadInput
-from launch.parity_trainer import deepspeed_trainer
-from launch.zero import check_zero
+from launch.run.errors import BadInput
+from launch.run.parity_trainer import deepspeed_trainer
+from launch.run.zero import check_zero
 from parallel.parity import Report, Settings, check_on_ranks
 from tests.distributed.subjects import FAMILIES
 from tests.ranks import run_ranks

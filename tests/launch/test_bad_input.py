@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.config import from_mapping
-from launch.errors import BadInput
+from launch.run.config import from_mapping
+from launch.run.errors import BadInput
 from launch.start import count_ranks, main
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks

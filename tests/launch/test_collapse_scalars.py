@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from launch.config import from_mapping
+from launch.run.config import from_mapping
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 

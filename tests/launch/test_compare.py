@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from launch.checkpoints import (
+from launch.checkpoint.files import (
     RunState,
     find_checkpoint,
     load_model,
@@ -19,8 +19,8 @@ from launch.checkpoints import (
     write_description,
 )
 from launch.compare import Run, finish, held_out_loss, load_comparison, main, plan_runs
-from launch.config import save_resolved
-from launch.errors import BadInput
+from launch.run.config import save_resolved
+from launch.run.errors import BadInput
 from launch.tasks import task_class
 from parallel.checkpoint import save_atomically
 from parallel.mesh import Mesh
@@ -234,7 +234,7 @@ def test_a_file_that_is_no_comparison_is_one_line(
 
 
 def test_held_out_loss_counts_every_row_once(tmp_path: Path) -> None:
-    from launch.config import from_mapping
+    from launch.run.config import from_mapping
 
     write_text(tmp_path)
     config = from_mapping(tiny_config(tmp_path, data={"validation_rows": 11}))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from launch.checkpoints import RunState, WholeState, write_whole
+from launch.checkpoint.files import RunState, WholeState, write_whole
 from launch.compare_routing import compare, main, table
-from launch.config import RunConfig, from_mapping
-from launch.errors import BadInput
+from launch.run.config import RunConfig, from_mapping
+from launch.run.errors import BadInput
 from launch.tasks import task_class
 from parallel.checkpoint import save_atomically
 from parallel.mesh import Mesh

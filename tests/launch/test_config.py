@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from adaptive.models.decoder import DecoderConfig
-from launch.arguments import documentation, parse
-from launch.config import (
+from adaptive.models.decoder.model import DecoderConfig
+from launch.data.text import TextConfig
+from launch.run.arguments import documentation, parse
+from launch.run.config import (
     SECTIONS,
     RunConfig,
     from_mapping,
@@ -21,10 +22,9 @@ from launch.config import (
     load_saved,
     save_resolved,
 )
-from launch.data import TextConfig
-from launch.engine import engine_settings
-from launch.optimizer import audit_groups, learning_rate_at, parameter_groups
-from launch.sections import TrainConfig
+from launch.run.engine import engine_settings
+from launch.run.optimizer import audit_groups, learning_rate_at, parameter_groups
+from launch.run.sections import TrainConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

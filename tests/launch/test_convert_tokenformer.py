@@ -1,4 +1,4 @@
-"""launch.convert_tokenformer: published weights become a run and come back the same."""
+"""launch.conversions.tokenformer: published weights become a run and come back the same."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.checkpoints import load_model
-from launch.config import load_config
-from launch.convert_tokenformer import load_published, main, save_published
-from launch.errors import BadInput
+from launch.checkpoint.files import load_model
+from launch.conversions.tokenformer import load_published, main, save_published
+from launch.run.config import load_config
+from launch.run.errors import BadInput
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenformer_lm.safetensors"
 

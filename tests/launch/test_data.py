@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.data import Corpus, TextConfig, Tokenizer, permuted
-from launch.errors import BadInput
+from launch.data.text import Corpus, TextConfig, Tokenizer, permuted
+from launch.run.errors import BadInput
 
 
 def corpus(folder: Path, **options: object) -> Corpus:

@@ -10,8 +10,8 @@ from torch import nn
 
 from adaptive.models import Decoder
 from launch import generate, train_exit
-from launch.checkpoints import RunState, save_tensors, write_description
-from launch.config import from_mapping
+from launch.checkpoint.files import RunState, save_tensors, write_description
+from launch.run.config import from_mapping
 from parallel.checkpoint import save_atomically
 
 GREEDY = ("--prompt", "def f", "--max-tokens", 24, "--temperature", 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.deepspeed_section import check_deepspeed
+from launch.run.deepspeed_section import check_deepspeed
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "deepspeed").glob("*.json"))
 

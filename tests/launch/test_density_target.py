@@ -9,7 +9,7 @@ from adaptive import RoutingTape
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.routing.gumbel import GumbelSchedule
-from launch.data import Corpus, TextConfig
+from launch.data.text import Corpus, TextConfig
 
 STEPS, ROWS, SPAN = 200, 8, 64
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from adaptive.models import Decoder
-from launch import convert_acm, convert_duo, convert_tokenformer, distill, oracle, upcycle
-from launch.checkpoints import (
+from launch import oracle
+from launch.checkpoint.files import (
     RunState,
     load_model,
     named_tensors,
@@ -17,8 +17,13 @@ from launch.checkpoints import (
     save_tensors,
     write_description,
 )
-from launch.config import from_mapping
-from launch.preflight import check_run
+from launch.conversions import acm as convert_acm
+from launch.conversions import distillation as distill
+from launch.conversions import duo as convert_duo
+from launch.conversions import tokenformer as convert_tokenformer
+from launch.conversions import upcycling as upcycle
+from launch.run.config import from_mapping
+from launch.run.preflight import check_run
 from parallel.checkpoint import save_atomically
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from launch.config import from_mapping
-from launch.errors import BadInput
-from launch.preflight import check_run
+from launch.run.config import from_mapping
+from launch.run.errors import BadInput
+from launch.run.preflight import check_run
 from launch.tasks.diffusion import DiffusionTask
 from parallel.mesh import Mesh
 

@@ -1,4 +1,4 @@
-"""launch.distill: a dense run becomes a TokenFormer run, and bad input one line."""
+"""`launch.convert distillation`: a dense run becomes a TokenFormer run, and bad input one line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from adaptive.blocks.pattention import PattentionConfig
-from adaptive.models.distillation import DistillationConfig
-from launch.checkpoints import find_checkpoint, load_model
-from launch.config import from_mapping, load_saved
-from launch.distill import distill_checkpoint, main
-from launch.errors import BadInput
+from adaptive.models.convert.distillation import DistillationConfig
+from launch.checkpoint.files import find_checkpoint, load_model
+from launch.conversions.distillation import distill_checkpoint, main
+from launch.run.config import from_mapping, load_saved
+from launch.run.errors import BadInput
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from adaptive.models import Decoder
-from launch.checkpoints import RunState, save_tensors, write_description
-from launch.config import from_mapping
-from launch.data import Tokenizer
+from launch.checkpoint.files import RunState, save_tensors, write_description
+from launch.data.text import Tokenizer
 from launch.generate import TextWriter, main, streaming_decoder, visible
+from launch.run.config import from_mapping
 from parallel.checkpoint import save_atomically
 
 MODEL = {"dim": 32, "num_layers": 4, "num_heads": 4, "max_seq_len": 64}

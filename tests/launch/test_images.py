@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from adaptive.models import DiffusionConfig
-from launch.errors import BadInput
-from launch.images import AverageConfig, ImageConfig, ImageData, tile, to_pixels
+from launch.data.images import AverageConfig, ImageConfig, ImageData, tile, to_pixels
+from launch.run.errors import BadInput
 
 DIGITS = {"image_size": 8, "channels": 1, "patch_size": 2, "num_classes": 10}
 SMALL = {"image_size": 4, "patch_size": 1, "num_classes": 2, "dim": 16, "num_heads": 2}

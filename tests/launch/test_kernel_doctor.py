@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import doctor, kernel_doctor
+from launch import doctor
+from launch.planning import kernels as kernel_doctor
 
 PASSING = "def test_holds():\n    pass\n"
 FAILING = "def test_breaks():\n    raise AssertionError('this kernel is wrong')\n"
@@ -57,7 +58,7 @@ def test_a_check_that_hangs_is_stopped(checks, capsys, monkeypatch) -> None:
 
 
 def test_timings_are_shares_of_what_the_machine_can_do(tmp_path: Path) -> None:
-    root = Path(kernel_doctor.__file__).parents[1]
+    root = Path(kernel_doctor.__file__).parents[2]
     out = tmp_path / "kernels.json"
     ops = "pack,combine_,pack_norm,order_by_unit"
     command = [sys.executable, "benchmarks/kernels.py", "--quick", "--only", ops, "--out", str(out)]
@@ -75,7 +76,7 @@ def test_timings_are_shares_of_what_the_machine_can_do(tmp_path: Path) -> None:
 
 
 def test_timings_measured_before_a_stop_are_kept(tmp_path: Path) -> None:
-    root, out = Path(kernel_doctor.__file__).parents[1], tmp_path / "kernels.json"
+    root, out = Path(kernel_doctor.__file__).parents[2], tmp_path / "kernels.json"
     command = [sys.executable, "benchmarks/kernels.py", "--quick", "--out", str(out)]
     with subprocess.Popen(
         command, cwd=root, env=kernel_doctor._environment(), stdout=subprocess.PIPE, text=True
@@ -110,7 +111,7 @@ rows = [
 ]
 print(*verdicts(rows, None), *verdicts([], {"over_flops": 1.2, "flop_ratio": 0.1}), sep="\\n")
 """
-    root = Path(kernel_doctor.__file__).parents[1]
+    root = Path(kernel_doctor.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         "MET    pack T 8 bfloat16: goal 80% of the ceiling, measured 90%",
@@ -136,10 +137,11 @@ def test_it_runs_where_only_torch_triton_and_pytest_are_installed() -> None:
         "import sys\n"
         "for name in ('deepspeed', 'megatron', 'pydantic', 'omegaconf', 'tensorboard', 'rich'):\n"
         "    sys.modules[name] = None\n"
-        "from launch import doctor, kernel_doctor\n"
+        "from launch import doctor\n"
+        "from launch.planning import kernels as kernel_doctor\n"
         "kernel_doctor._choices()\n"
     )
-    root = Path(kernel_doctor.__file__).parents[1]
+    root = Path(kernel_doctor.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kernels on" in done.stdout

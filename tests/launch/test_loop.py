@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from launch.checkpoints import WEIGHTS, RunState, find_checkpoint, read_state
-from launch.config import from_mapping
-from launch.loop import RunFailed
+from launch.checkpoint.files import WEIGHTS, RunState, find_checkpoint, read_state
+from launch.run.config import from_mapping
+from launch.run.loop import RunFailed
 from launch.tasks import Batch, row_generator
 from launch.tasks.language_model import LanguageModelTask
 from launch.train import run
@@ -123,7 +123,7 @@ def fill_disk(tree: dict[str, Any], what: str) -> str:
     import deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine as shards
     import torch.distributed as dist
 
-    import launch.loop
+    import launch.run.loop
 
     def full(write: Any, rank: int) -> Any:
         def attempt(content: Any, path: Any) -> None:
@@ -134,7 +134,7 @@ def fill_disk(tree: dict[str, Any], what: str) -> str:
         return attempt
 
     if what == "weights":
-        launch.loop.save_tensors = full(launch.loop.save_tensors, 0)
+        launch.run.loop.save_tensors = full(launch.run.loop.save_tensors, 0)
     else:
         engine = shards.TorchCheckpointEngine
         whole = engine.save

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 
-from launch.machine_probe import probe
-from launch.machines import OPERATIONS, between, from_record
+from launch.planning.machines import OPERATIONS, between, from_record
+from launch.planning.probe import probe
 from tests.ranks import run_ranks
 
 

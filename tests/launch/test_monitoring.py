@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from adaptive.metric_log import read_metrics
-from launch.checkpoints import load_model
-from launch.config import load_config
-from launch.loop import RunFailed
+from adaptive.observe.metric_log import read_metrics
+from launch.checkpoint.files import load_model
+from launch.run.config import load_config
+from launch.run.loop import RunFailed
 from launch.train import run
 from tests.ranks import run_ranks
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
-from adaptive.metric_log import MetricLog
 from adaptive.models import Decoder, DecoderConfig
-from launch.pictures import show_routing
+from adaptive.observe.metric_log import MetricLog
+from launch.tasks.pictures import show_routing
 
 DENSE = DecoderConfig(vocab_size=256, dim=16, num_layers=2, num_heads=2, max_seq_len=400)
 DEPTH = {"mixture_of_depths": MixtureOfDepthsConfig(capacity=0.25)}

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
-from launch.config import RunConfig, from_mapping
-from launch.machines import PUBLISHED, with_given
 from launch.plan import activation_numbers, main, plan
+from launch.planning.machines import PUBLISHED, with_given
+from launch.run.config import RunConfig, from_mapping
+from parallel.checks.traffic import Traffic
 from parallel.mesh import Mesh
-from parallel.traffic import Traffic
 from tests.ranks import run_ranks
 
 ROWS, SEQ_LEN = 4, 128

@@ -28,7 +28,7 @@ def refusal(capsys: pytest.CaptureFixture[str], program: str, *words: object) ->
 
 
 def test_programs_are_found() -> None:
-    assert {"train", "start", "plan", "generate", "upcycle"} <= set(PROGRAMS)
+    assert {"train", "start", "plan", "generate", "convert"} <= set(PROGRAMS)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -49,9 +49,17 @@ def test_an_unknown_option_is_one_line(program: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("program", "words", "line"),
     [
-        ("upcycle", [], "the following arguments are required: source, out"),
-        ("upcycle", ["a", "b", "--experts", "x"], "argument --experts: invalid int value: 'x'"),
-        ("upcycle", ["a", "b", "--seed", LARGE], f"--seed={LARGE}: must be between 0 and"),
+        ("convert", ["upcycling"], "the following arguments are required: source, out"),
+        (
+            "convert",
+            ["upcycling", "a", "b", "--experts", "x"],
+            "argument --experts: invalid int value: 'x'",
+        ),
+        (
+            "convert",
+            ["upcycling", "a", "b", "--seed", LARGE],
+            f"--seed={LARGE}: must be between 0 and",
+        ),
         ("compare_routing", [], "the following arguments are required: RUN"),
         ("compare_routing", ["a", "--json", "/proc/x.json"], "--json=/proc/x.json: /proc cannot"),
         ("plan", [], "the following arguments are required: --config, --gpus"),

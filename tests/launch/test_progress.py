@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import progress
-from launch.loop import StepReport
-from launch.progress import Progress, clock, farewell, rate
+from launch.run import progress
+from launch.run.loop import StepReport
+from launch.run.progress import Progress, clock, farewell, rate
 from launch.tasks.diffusion import DiffusionTask
 from launch.tasks.language_model import LanguageModelTask
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adaptive.models import DiffusionConfig
-from launch.images import ImageConfig, ImageData
+from launch.data.images import ImageConfig, ImageData
 from launch.quality import Judge, frechet_distance
 
 

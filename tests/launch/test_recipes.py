@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from launch.compare import load_comparison, plan_runs
-from launch.config import load_config
-from launch.preflight import check_run
+from launch.run.config import load_config
+from launch.run.preflight import check_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(RECIPES.glob("*.yaml"))

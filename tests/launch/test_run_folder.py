@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from adaptive.metric_log import read_metrics
-from launch.checkpoints import find_checkpoint, read_state
-from launch.config import from_mapping
-from launch.errors import BadInput
-from launch.run_folder import how_to_continue, only_run_in, where_to_start
+from adaptive.observe.metric_log import read_metrics
+from launch.checkpoint.files import find_checkpoint, read_state
+from launch.run.config import from_mapping
+from launch.run.errors import BadInput
+from launch.run.folder import how_to_continue, only_run_in, where_to_start
 from launch.train import run
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks

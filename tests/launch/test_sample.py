@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 from adaptive.models import DiffusionConfig, DiffusionTransformer
-from adaptive.models.samplers import SamplingConfig, sample
+from adaptive.models.diffusion.samplers import SamplingConfig, sample
 from launch import quality
-from launch.checkpoints import RunState, save_tensors, write_description
-from launch.config import from_mapping
-from launch.images import to_pixels
+from launch.checkpoint.files import RunState, save_tensors, write_description
+from launch.data.images import to_pixels
+from launch.run.config import from_mapping
 from launch.sample import main
 from parallel.checkpoint import save_atomically
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoints import RunState, write_description
-from launch.config import RunConfig, from_mapping
-from launch.finished import main, unfinished
+from launch.checkpoint.files import RunState, write_description
+from launch.run.config import RunConfig, from_mapping
+from launch.run.finished import main, unfinished
 from parallel.checkpoint import save_atomically
 from tests.distributed.runs import tiny_config, write_text
 
@@ -51,8 +51,8 @@ for word in "$@"; do
 done
 case "$2 $*" in
   *--help* | *--dry_run*) ;;
-  launch.finished*) exit "$STOPPED" ;;
-  launch.convert_acm*) mkdir -p "${*: -1}/checkpoints" ;;
+  launch.run.finished*) exit "$STOPPED" ;;
+  launch.convert*) mkdir -p "${*: -1}/checkpoints" ;;
   *) mkdir -p "$folder/checkpoints/step-1"
     echo "$TEACHER" > "$folder/checkpoints/step-1/manifest.json" ;;
 esac
@@ -97,18 +97,18 @@ def script(tmp_path: Path) -> Script:
 def test_a_stopped_stage_ends_the_script(script: Script) -> None:
     code, asked = script("acm_lm.sh", "output=it", stopped=1)
     assert code == 1
-    assert asked == ["launch.start output=it/dense", "launch.finished output=it/dense"]
+    assert asked == ["launch.start output=it/dense", "launch.run.finished output=it/dense"]
     code, asked = script("compare_routers.sh", f"output={script.folder}/routers", stopped=1)
     assert code == 1
-    assert [line.split()[0] for line in asked] == ["launch.train", "launch.finished"]
+    assert [line.split()[0] for line in asked] == ["launch.train", "launch.run.finished"]
     assert asked[0].endswith("/routers/moe_lm-0")
 
 
 def test_a_conversion_is_repeated_when_its_teacher_is_another(script: Script) -> None:
     whole = [
         "launch.start output=it/dense",
-        "launch.finished output=it/dense",
-        "launch.convert_acm it/tuned",
+        "launch.run.finished output=it/dense",
+        "launch.convert it/tuned",
         "launch.start output=it/tuned",
     ]
     assert script("acm_lm.sh", "output=it") == (0, whole)

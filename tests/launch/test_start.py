@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.errors import BadInput
+from launch.run.errors import BadInput
 from launch.start import count_ranks
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.routing.layout import TokenLayout
 from benchmarks import parallel as benchmark
 from benchmarks import plan as steps_benchmark
-from launch.machine_probe import PassCounter
-from launch.machines import PUBLISHED, Link, Machine, from_record
-from launch.step_time import (
+from launch.planning.machines import PUBLISHED, Link, Machine, from_record
+from launch.planning.probe import PassCounter
+from launch.planning.step_time import (
     Collective,
     Demand,
     LayerShape,
@@ -31,9 +31,9 @@ from launch.step_time import (
     layer_passes,
     seconds,
 )
+from parallel.checks.traffic import Traffic
 from parallel.mesh import Mesh
-from parallel.sequence import even_shards
-from parallel.traffic import Traffic
+from parallel.rows import even_shards
 from tests.ranks import run_ranks
 
 STEPS = json.loads((Path(benchmark.__file__).parent / "results" / "plan.json").read_text())

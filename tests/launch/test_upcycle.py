@@ -1,4 +1,4 @@
-"""`python -m launch.upcycle`: from checkpoints of ours or of transformers to a mixture and back."""
+"""`launch.convert upcycling`: from checkpoints of ours or transformers to a mixture and back."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptive.models import Decoder
-from launch.checkpoints import RunState, WholeState, load_model, write_whole
-from launch.config import from_mapping, load_config
-from launch.preflight import check_run, starting_checkpoint
-from launch.upcycle import main
+from launch.checkpoint.files import RunState, WholeState, load_model, write_whole
+from launch.conversions.upcycling import main
+from launch.run.config import from_mapping, load_config
+from launch.run.preflight import check_run, starting_checkpoint
 from parallel.checkpoint import save_atomically
 from tests.adaptive.models.test_upcycling import ids, saved
 from tests.distributed.runs import make_loop, tiny_config, write_text
@@ -47,7 +47,7 @@ def test_a_run_of_ours_is_upcycled(
 
 
 def continued(tree: dict[str, Any], source: str) -> tuple[float, float]:
-    from launch.checkpoints import find_checkpoint
+    from launch.checkpoint.files import find_checkpoint
 
     loop = make_loop(from_mapping(tree))
     loop.load(find_checkpoint(source), moments=False)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.errors import BadInput
-from launch.writable import check_file, check_folder
+from launch.run.errors import BadInput
+from launch.run.writable import check_file, check_folder
 
 
 def test_checks_leave_nothing_behind(tmp_path: Path) -> None:

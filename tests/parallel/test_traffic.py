@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 
-from parallel.sequence import all_gather_rows, reduce_scatter_rows
-from parallel.traffic import Traffic
+from parallel.checks.traffic import Traffic
+from parallel.rows import all_gather_rows, reduce_scatter_rows
 from tests.ranks import run_ranks
 
 

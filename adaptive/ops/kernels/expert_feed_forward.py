@@ -19,15 +19,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.kernel_operators import (
+from adaptive.ops.kernels.launching import cdiv, on_device, row_blocks
+from adaptive.ops.kernels.permute import sum_pairs
+from adaptive.ops.operators import (
     GELU,
     NO_ACTIVATION,
     SWIGLU,
     grouped_rows,
     grouped_weight_gradient,
 )
-from adaptive.ops.kernels.launching import cdiv, on_device, row_blocks
-from adaptive.ops.kernels.permute import sum_pairs
 from parallel.autocast import computing_dtype
 
 # mypy: disable-error-code="no-untyped-def"

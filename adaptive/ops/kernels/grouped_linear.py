@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.kernel_operators import NO_ACTIVATION, grouped_rows, grouped_weight_gradient
 from adaptive.ops.kernels.grouped_tiles import autotuned, interpreted_tiles, rows_class
 from adaptive.ops.kernels.launching import (
     cdiv,
@@ -28,6 +27,7 @@ from adaptive.ops.kernels.launching import (
     on_device,
     tile_dot,
 )
+from adaptive.ops.operators import NO_ACTIVATION, grouped_rows, grouped_weight_gradient
 from parallel.autocast import computing_dtype
 
 # mypy: disable-error-code="no-untyped-def"
@@ -140,7 +140,7 @@ def launch(
     transposed: bool,
     keep_hidden: bool,
 ) -> None:
-    """`adaptive.ops.kernel_operators.grouped_rows`, into `out` and `hidden`."""
+    """`adaptive.ops.operators.grouped_rows`, into `out` and `hidden`."""
     a, rows_E = contiguous_rows(a), rows_E.contiguous()
     pairs_N, scales = (None if x is None else x.contiguous() for x in (pairs_N, scales))
     rows = a.shape[0] if pairs_N is None else pairs_N.shape[0]

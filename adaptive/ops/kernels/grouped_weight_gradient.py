@@ -91,7 +91,7 @@ def launch(
     gather_a: bool,
     gather_b: bool,
 ) -> None:
-    """`adaptive.ops.kernel_operators.grouped_weight_gradient`, into `out`."""
+    """`adaptive.ops.operators.grouped_weight_gradient`, into `out`."""
     a, b, rows_E = contiguous_rows(a), contiguous_rows(b), rows_E.contiguous()
     pairs_N = None if pairs_N is None else pairs_N.contiguous()
     experts, a_width, b_width = out.shape

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.kernel_operators import attention_backward, attention_forward
 from adaptive.ops.kernels.launching import (
     INTERPRETED,
     device_function,
@@ -37,6 +36,7 @@ from adaptive.ops.kernels.varlen_visibility import (
     sequence_of,
     visible_keys,
 )
+from adaptive.ops.operators import attention_backward, attention_forward
 from adaptive.routing.layout import TokenLayout
 from parallel.autocast import computing_dtype
 
@@ -197,7 +197,7 @@ def launch(
     max_keys: int,
     causal: int,
 ) -> None:
-    """`adaptive.ops.kernel_operators.attention_forward`, into `out` and `lse`."""
+    """`adaptive.ops.operators.attention_forward`, into `out` and `lse`."""
     if not out.numel():
         return
     queries, heads, head_dim = out.shape

@@ -348,7 +348,7 @@ def launch(
     causal: int,
     delta_HQ: Tensor | None = None,
 ) -> None:
-    """`adaptive.ops.kernel_operators.attention_backward`, into `grads` of q, k and v."""
+    """`adaptive.ops.operators.attention_backward`, into `grads` of q, k and v."""
     queries, heads, head_dim = q_QHh.shape
     keys, kv_heads, _ = k_TGh.shape
     grad_q, grad_k, grad_v = grads

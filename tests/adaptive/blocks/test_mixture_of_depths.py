@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adaptive import LinearRouter, MixtureOfDepths, RoutingTape, Selection, TokenLayout
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.routing.recompute import checkpoint
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from adaptive import BatchScope, RoutingTape
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.cache import Cache
+from adaptive.models.decoder.cache import Cache
 from adaptive.routing.summary import RoutingWindow
 from tests.adaptive.blocks.skip_layers import (
     D,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive import RoutingTape, SparseDenseFusion, TokenLayout
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 
 DIM = 8
 

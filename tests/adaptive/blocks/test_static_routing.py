@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from adaptive import MixtureOfDepths, MixtureOfExperts, RoutingTape
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from tests.adaptive.ops.kernel_checks import DEVICE
 
 DIM = 32

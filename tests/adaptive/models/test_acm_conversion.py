@@ -9,7 +9,7 @@ from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.acm_conversion import (
+from adaptive.models.convert.acm import (
     convert,
     distil,
     gate_labels,

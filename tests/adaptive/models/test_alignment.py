@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adaptive import BatchScope, RoutingTape
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import DiffusionConfig, DiffusionTransformer
-from adaptive.models.alignment import AlignmentConfig
+from adaptive.models.diffusion.alignment import AlignmentConfig
 
 
 def model_with(layer: int, **options: Any) -> DiffusionTransformer:

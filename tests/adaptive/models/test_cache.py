@@ -16,7 +16,7 @@ from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.cache import Cache
+from adaptive.models.decoder.cache import Cache
 
 VOCAB = 53
 DENSE = DecoderConfig(vocab_size=VOCAB, dim=32, num_layers=4, num_heads=4, num_kv_heads=2)

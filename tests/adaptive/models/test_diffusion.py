@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adaptive import RoutingTape, TokenLayout
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import DiffusionConfig, DiffusionTransformer
-from adaptive.models.diffusion_layers import AxialRotary, patchify, rotate_pairs, unpatchify
+from adaptive.models.diffusion.layers import AxialRotary, patchify, rotate_pairs, unpatchify
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "sprint_sit.safetensors"
 TINY = {"image_size": 8, "channels": 3, "patch_size": 2, "num_classes": 5, "dim": 32}

@@ -11,7 +11,7 @@ from torch import nn
 
 from adaptive.blocks.pattention import Pattention, PattentionConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.distillation import (
+from adaptive.models.convert.distillation import (
     DistillationConfig,
     distill,
     fit,

@@ -8,7 +8,7 @@ from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
 from adaptive.blocks.sized_feed_forward import BIG, SMALL, SizedFeedForwardConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.duo_conversion import convert, sized_modules
+from adaptive.models.convert.duo import convert, sized_modules
 from adaptive.routing.forced import force_choices
 
 

@@ -10,8 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive.models import DiffusionConfig, DiffusionTransformer
-from adaptive.models.flow_matching import draw, draw_times, flow_matching_loss, noised
-from adaptive.models.samplers import (
+from adaptive.models.diffusion.flow_matching import (
+    draw,
+    draw_times,
+    flow_matching_loss,
+    noised,
+)
+from adaptive.models.diffusion.samplers import (
     SamplingConfig,
     euler,
     heun,

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from adaptive import MixtureOfDepths
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.decode_depth import SkipDecode, generate_at_depth
-from adaptive.models.generate import Generation, Sampling, generate, non_causal_layers
-from adaptive.models.self_speculative import ExitAdapter, Speculator
+from adaptive.models.decoder.decode_depth import SkipDecode, generate_at_depth
+from adaptive.models.decoder.generate import Generation, Sampling, generate, non_causal_layers
+from adaptive.models.decoder.speculative import ExitAdapter, Speculator
 from parallel.mesh import Mesh
 
 DENSE = DecoderConfig(vocab_size=40, dim=32, num_layers=4, num_heads=4, max_seq_len=48)

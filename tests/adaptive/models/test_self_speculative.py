@@ -9,9 +9,9 @@ from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.decode_depth import SkipDecode, generate_at_depth
-from adaptive.models.generate import Sampling, generate
-from adaptive.models.self_speculative import ExitAdapter, Speculator, distil_adapter
+from adaptive.models.decoder.decode_depth import SkipDecode, generate_at_depth
+from adaptive.models.decoder.generate import Sampling, generate
+from adaptive.models.decoder.speculative import ExitAdapter, Speculator, distil_adapter
 from adaptive.routing.layout import TokenLayout
 
 GREEDY = Sampling(temperature=0)

@@ -19,7 +19,7 @@ from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.flops import planned_flops
 from adaptive.growth import grow
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.tokenformer import (
+from adaptive.models.weights.tokenformer import (
     from_tokenformer_state_dict,
     published_names,
     tokenformer_config,

@@ -15,13 +15,13 @@ from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
 from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
-from adaptive.models.transformers_weights import (
+from adaptive.models.convert.upcycling import upcycle, upcycled
+from adaptive.models.weights.transformers import (
     decoder_config,
     from_transformers,
     mixtral_settings,
     to_mixtral,
 )
-from adaptive.models.upcycling import upcycle, upcycled
 
 SIZES = {
     "vocab_size": 61,

@@ -80,7 +80,6 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
     """One forward and backward of every op whose kernels are ours. Values mean nothing here."""
     import torch
 
-    from adaptive.ops.kernel_operators import attention_backward, attention_forward
     from adaptive.ops.kernels import (
         expert_feed_forward,
         grouped_linear,
@@ -91,6 +90,7 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
         routing,
         varlen_attention,
     )
+    from adaptive.ops.operators import attention_backward, attention_forward
     from adaptive.routing.layout import TokenLayout
 
     def draw(*shape: int):

@@ -92,7 +92,7 @@ def test_a_forced_backend_serves_whole_blocks(tmp_path: Path) -> None:
     code = """
 import torch
 from adaptive import MixtureOfDepths, MixtureOfExperts, Pattention, SkipLayer
-from adaptive.models.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 
 def layer():
     return DecoderLayer(RMSNorm(16), Attention(16, 2), RMSNorm(16), SwiGLU(16, 32))

@@ -13,8 +13,8 @@ from adaptive.ops import ring_attention
 from adaptive.ops.kernels import varlen_attention as forward
 from adaptive.ops.kernels import varlen_attention_backward as backward
 from adaptive.routing.layout import TokenLayout
-from parallel.ring_blocks import TORCH, Blocks, merge
-from parallel.ring_layout import Pair, RingLayout, zigzag_rows
+from parallel.ring.blocks import TORCH, Blocks, merge
+from parallel.ring.layout import Pair, RingLayout, zigzag_rows
 from tests.adaptive.ops.kernel_checks import (
     COMPILED,
     DEVICE,

@@ -1,0 +1,1 @@
+"""Trained dense models turned into routed ones."""

@@ -1,0 +1,1 @@
+"""A causal language model of this library's blocks, its cache and its ways to sample."""

@@ -1,0 +1,238 @@
+"""Sampling from a decoder, one token at a time, with a cache.
+
+Shape legend: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.flops import FlopCounter, Work, records_by_module
+from adaptive.models.decoder.cache import Cache
+from adaptive.models.decoder.model import Decoder
+from adaptive.routing.tape import RoutingRecord, RoutingTape
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from its logits.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: draw from the k most likely tokens only, of equal ones the first; None: from all.
+        top_p: draw from the smallest set of most likely tokens that has this probability.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: must be at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be in (0, 1]")
+
+    def probabilities(self, logits_BV: Tensor) -> Tensor:
+        """What tokens are drawn with, float32 [B, V]: zero where one is cut off."""
+        logits_BV = logits_BV.float()
+        if self.temperature == 0:
+            return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
+        # From the likeliest down: no temperature, however low, makes a NaN of it.
+        lowest = torch.finfo(logits_BV.dtype).tiny
+        logits_BV = logits_BV - logits_BV.amax(1, keepdim=True)
+        logits_BV = logits_BV / max(self.temperature, lowest)
+        if self.top_k is not None and self.top_k < logits_BV.shape[1]:
+            # Exactly k: logits of 16 bits are often equal to the k-th.
+            order_BV = logits_BV.argsort(dim=1, descending=True, stable=True)
+            logits_BV = logits_BV.scatter(1, order_BV[:, self.top_k :], -torch.inf)
+        probability_BV = logits_BV.softmax(1)
+        if self.top_p < 1:
+            ordered_BV, order_BV = probability_BV.sort(dim=1, descending=True, stable=True)
+            # A token stays if those before it have not reached top_p: the first always stays.
+            before_BV = ordered_BV.cumsum(1) - ordered_BV
+            ordered_BV = ordered_BV.masked_fill(before_BV >= self.top_p, 0)
+            probability_BV = torch.zeros_like(ordered_BV).scatter_(1, order_BV, ordered_BV)
+            probability_BV = probability_BV / probability_BV.sum(1, keepdim=True)
+        return probability_BV
+
+    def draw(self, logits_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """int64 [B]: one token for each sequence."""
+        probability_BV = self.probabilities(logits_BV)
+        if self.temperature == 0:
+            return probability_BV.argmax(1)
+        return torch.multinomial(probability_BV, 1, generator=generator).squeeze(1)
+
+
+@dataclass
+class Generation:
+    """What has been generated, and what it took.
+
+    Attributes:
+        prompts: token ids of each sequence.
+        tokens: ids drawn so far, for each sequence.
+        layers: for each sequence, of every token that went through the model: how many layers
+            computed it. The last token drawn has not gone through.
+        always: how many layers compute every token.
+        key_values: the cache, or None where every step computes the whole prefix.
+    """
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    layers: list[list[int]]
+    always: int
+    key_values: Cache | None
+    _records: list[RoutingRecord] = field(default_factory=list)
+    _new: list[Tensor] = field(default_factory=list)
+    _keys: list[Tensor] = field(default_factory=list)
+    _logits: int = 0
+
+    def executed_flops(self, model: Decoder) -> float:
+        """Operations of all forwards so far; logits were computed of last tokens only."""
+        counter = FlopCounter(records_by_module(model, self._records))
+        tokens = torch.cat(self._new).double()
+        work = Work(tokens, tokens, torch.cat(self._keys).double())
+        for layer in model.layers:
+            counter(layer, work)
+        counter(model.output, Work.dense(1, self._logits))
+        return float(counter.total().forward)
+
+    def nominal_flops(self, model: Decoder) -> float:
+        """Operations of a dense model that generates the same tokens with a cache."""
+        counter = FlopCounter(nominal=True)
+        tokens = torch.cat(self._new).double()
+        work = Work(tokens, tokens, torch.cat(self._keys).double())
+        for layer in model.layers:
+            counter(layer, work)
+        counter(model.output, Work.dense(1, self._logits))
+        return float(counter.total().forward)
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+    cached: bool = True,
+) -> Iterator[Generation]:
+    """Continue prompts of any lengths together; yields after every token, the same object.
+
+    Stops at `max_new_tokens`, or when a sequence reaches the model's `max_seq_len`.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids, at least one each.
+        max_new_tokens: tokens to draw for each sequence.
+        sampling: how to draw; by default from the model's own distribution.
+        generator: of the draws, on the model's device.
+        vocab_size: ids from here on are never drawn (a model's vocabulary may be padded).
+        cached: False computes the whole prefix at every step, which is what a model that does not
+            route causally needs (see `non_causal_layers`).
+
+    Raises:
+        ValueError: an empty prompt, or one longer than the model's `max_seq_len`; a model that
+            tensor or context ranks share.
+    """
+    check_whole(model)
+    longest = check_prompts(model, prompts)
+    sampling = Sampling() if sampling is None else sampling
+    cache = Cache(model, len(prompts)) if cached else None
+    made = Generation(
+        [list(prompt) for prompt in prompts],
+        [[] for _ in prompts],
+        [[] for _ in prompts],
+        len(model.layers),
+        cache,
+    )
+    steps = min(max_new_tokens, model.config.max_seq_len - longest + 1)
+    for _ in range(steps):
+        # `no_grad` must not stay entered while the caller has control.
+        with torch.no_grad():
+            logits_BV = _next_logits(model, made)[:, :vocab_size]
+            drawn = sampling.draw(logits_BV, generator).tolist()
+        for tokens, token in zip(made.tokens, drawn, strict=True):
+            tokens.append(token)
+        yield made
+
+
+def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> int:
+    """The length of the longest prompt.
+
+    Raises:
+        ValueError: an empty prompt, or one longer than the model's `max_seq_len`.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths, default=0) < 1:
+        raise ValueError("prompt: must have at least one token")
+    if max(lengths) > model.config.max_seq_len:
+        raise ValueError(
+            f"prompt of {max(lengths)} tokens: must be at most "
+            f"max_seq_len={model.config.max_seq_len}"
+        )
+    return max(lengths)
+
+
+def check_whole(model: Decoder) -> None:
+    """Raise ValueError if this rank holds a part of the model, or of the tokens, only."""
+    mesh = model.mesh
+    for name, size in (("tensor", mesh.tensor), ("context", mesh.context)):
+        if size > 1:
+            raise ValueError(
+                f"{name}={size}: must be 1 to generate; load the checkpoint on one rank"
+            )
+
+
+def non_causal_layers(model: nn.Module) -> list[str]:
+    """Names of routed layers whose evaluation looks at later tokens: they cannot sample."""
+    return [
+        name for name, module in model.named_modules() if getattr(module, "causal", True) is False
+    ]
+
+
+def _next_logits(model: Decoder, made: Generation) -> Tensor:
+    """Logits of the token after the last of each sequence, [B, V]."""
+    device = model.embedding.weight.device
+    rows = [prompt + tokens for prompt, tokens in zip(made.prompts, made.tokens, strict=True)]
+    fresh = made.key_values is None or not made._new
+    rows = rows if fresh else [row[-1:] for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    ids_BS = torch.tensor([row + [0] * (width - len(row)) for row in rows]).to(device)
+    ragged = bool((lengths < width).any())
+    mask_BS = (torch.arange(width) < lengths[:, None]).to(device) if ragged else None
+    with RoutingTape(model) as tape:
+        hidden_TD, _ = model.hidden_states(ids_BS, mask_BS, cache=made.key_values)
+    logits_BV = model.output(hidden_TD[lengths.cumsum(0).to(device) - 1])
+    if made.key_values is None:
+        made.layers = [[] for _ in rows]
+    _count_layers(model, made, tape.records, lengths.tolist())
+    made._records += tape.records
+    made._new.append(lengths)
+    made._keys.append(lengths if made.key_values is None else made.key_values.counts.cpu())
+    made._logits += len(rows)
+    return logits_BV
+
+
+def _count_layers(
+    model: Decoder, made: Generation, records: Sequence[RoutingRecord], lengths: Sequence[int]
+) -> None:
+    """Add to `made.layers` how many layers computed each token of this step."""
+    computed_T = torch.full((sum(lengths),), len(model.layers))
+    names = {f"layers.{index}" for index in range(len(model.layers))}
+    routed = set()
+    for record in records:
+        if record.name in names and record.chosen is not None and record.chosen.dim() == 1:
+            computed_T -= (~record.chosen).long().cpu()
+            routed.add(record.name)
+    made.always = len(names) - len(routed)
+    for layers, counts in zip(made.layers, computed_T.split(list(lengths)), strict=True):
+        layers += counts.tolist()

@@ -1,0 +1,1 @@
+"""A diffusion transformer, what it is trained on and how it samples."""

@@ -1,0 +1,1 @@
+"""What a run's routing did: reduced, judged, written and drawn."""

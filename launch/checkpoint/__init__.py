@@ -1,0 +1,1 @@
+"""What a checkpoint is, and how one is read and written."""

@@ -1,0 +1,295 @@
+"""What a checkpoint of a run holds, and how any program reads one.
+
+    step-00000180/
+        run.yaml               the configuration, every key
+        state.json             RunState: where the run was
+        model.safetensors      all weights, float32, under the model's own names
+        task.safetensors       what the task keeps besides (an average of the weights); optional
+        engine/…               DeepSpeed's shards of weights and optimizer, one set a rank
+        optimizer.safetensors  instead of engine/: whole Adam moments, `exp_avg/NAME`,
+                               `exp_avg_sq/NAME`; what growth and resharding write
+        manifest.json          sizes and checksums (parallel.checkpoint)
+
+`model.safetensors` serves every reader that does not continue the optimizer; it is the same
+whatever the ranks and the ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from launch.run.config import RunConfig, load_saved, save_resolved
+from launch.run.errors import BadInput
+from launch.tasks import task_class
+from parallel.checkpoint import MANIFEST, FailedElsewhere, newest_intact, problem_with
+from parallel.mesh import Mesh
+
+# DeepSpeed's names of optimizers whose state is a step, exp_avg and exp_avg_sq.
+_ADAMS = ("adam", "adamw", "lamb", "muadam", "muadamw")
+WEIGHTS, OPTIMIZER, TASK_STATE = "model.safetensors", "optimizer.safetensors", "task.safetensors"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps taken, over all phases.
+        phase: index of the phase.
+        phase_step: steps taken in that phase.
+        rows: rows of the training stream consumed.
+        tokens: valid tokens trained on.
+        executed_flops, nominal_flops: forward and backward, over all ranks.
+        optimizer_steps: steps that the moments have seen (Adam's bias correction).
+        ranks: world size that wrote the checkpoint.
+        zero_stage: ZeRO stage that wrote it.
+    """
+
+    step: int = 0
+    phase: int = 0
+    phase_step: int = 0
+    rows: int = 0
+    tokens: int = 0
+    executed_flops: float = 0.0
+    nominal_flops: float = 0.0
+    optimizer_steps: int = 0
+    ranks: int = 1
+    zero_stage: int = 0
+
+
+@dataclass
+class WholeState:
+    """A run's state as whole tensors, for programs that change a model between runs.
+
+    Attributes:
+        weights: float32, under the model's names; tied weights once.
+        exp_avg, exp_avg_sq: Adam's moments of the trained parameters; empty: not there.
+        state: where the run was.
+        config: of the run.
+        task_state: what the task keeps besides.
+    """
+
+    weights: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    state: RunState
+    config: RunConfig
+    task_state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def find_checkpoint(path: str | Path, *, checksums: bool = True) -> Path:
+    """The checkpoint at `path`: one itself, or the newest intact one of a run's folder.
+
+    Args:
+        path: of a checkpoint, of a run, or of a run's checkpoints.
+        checksums: False trusts the sizes of its files.
+
+    Raises:
+        BadInput: there is none, or the one named is damaged.
+    """
+    path = Path(path).expanduser()
+    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
+        problem = problem_with(path, checksums=checksums)
+        if problem is not None:
+            raise BadInput(f"{path}: is not an intact checkpoint: {problem}")
+        return path
+    for root in (path / "checkpoints", path):
+        found = newest_intact(root, checksums=checksums)
+        if found is not None:
+            return found
+    raise BadInput(f"{path}: holds no intact checkpoint")
+
+
+def load_model(path: str | Path, *, mesh: Mesh | None = None) -> tuple[nn.Module, RunConfig]:
+    """Rebuild the model of a checkpoint, with its weights, on the CPU in float32.
+
+    Args:
+        path: a checkpoint, or the folder of a run (its newest intact checkpoint).
+        mesh: one rank by default.
+
+    Returns:
+        The model in evaluation mode, and the run's configuration.
+
+    Raises:
+        BadInput: no intact checkpoint there, or its weights are not those of its configuration.
+    """
+    folder = find_checkpoint(path)
+    config = load_saved(folder)
+    mesh = Mesh.single() if mesh is None else mesh
+    task = task_class(config.task)(config, mesh=mesh, device=torch.device("cpu"))
+    model = task.build_model()
+    load_weights(model, load_file(folder / WEIGHTS), source=folder)
+    return model.eval(), config
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: Path) -> None:
+    """Copy weights into a model that must have exactly these.
+
+    Raises:
+        BadInput: names the first parameter that differs.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    problem = first_difference(model, shapes)
+    if problem is not None:
+        raise BadInput(f"{source}: is a checkpoint of another model: {problem}")
+    model.load_state_dict(weights, strict=False)
+
+
+def first_difference(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """The first parameter or buffer that a model and a checkpoint do not share; None: the same."""
+    expected = named_tensors(model)
+    for name, tensor in expected.items():
+        if name not in shapes:
+            return f"{name} {list(tensor.shape)} is not in it"
+        if tuple(tensor.shape) != shapes[name]:
+            return f"{name} is {list(shapes[name])} in it, {list(tensor.shape)} in this model"
+    for name, shape in shapes.items():
+        if name not in expected:
+            return f"{name} {list(shape)} is not in this model"
+    return None
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, tied ones under their first name only."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict().items():
+        if name not in aliases:
+            tensors[name] = tensor
+    return tensors
+
+
+def check_same_model(model: nn.Module, folder: Path) -> None:
+    """Check from a checkpoint's header alone that it is of this model.
+
+    Raises:
+        BadInput: names the first parameter that differs.
+    """
+    problem = first_difference(model, weight_shapes(folder))
+    if problem is not None:
+        raise BadInput(f"{folder}: is a checkpoint of another model: {problem}")
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's weights, from the file's header."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def read_state(folder: Path) -> RunState:
+    """Where the run was that wrote the checkpoint."""
+    return RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def write_description(folder: Path, state: RunState, config: RunConfig) -> None:
+    """Write state.json and run.yaml."""
+    text = json.dumps(dataclasses.asdict(state), indent=1)
+    (folder / "state.json").write_text(text, encoding="utf-8")
+    save_resolved(config, folder / "run.yaml")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write named tensors as a safetensors file."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def shard_format(config: RunConfig) -> tuple[bool, bool, str]:
+    """What DeepSpeed's shards depend on besides ranks and ZeRO stage: bf16, fp16, optimizer."""
+    settings = config.deepspeed
+    bf16, older_name, fp16 = (
+        bool((settings.get(key) or {}).get("enabled")) for key in ("bf16", "bfloat16", "fp16")
+    )
+    return bf16 or older_name, fp16, (settings.get("optimizer") or {}).get("type", "").lower()
+
+
+def check_moments_fit(writer: RunConfig, reader: RunConfig, folder: Path) -> None:
+    """Check that moments can go as whole tensors from one run's optimizer into another's.
+
+    Raises:
+        BadInput: one of the two does not keep exactly Adam's.
+    """
+    # Without a section of its own the optimizer is torch's AdamW.
+    wrote, reads = (
+        (config.deepspeed.get("optimizer") or {}).get("type", "AdamW")
+        for config in (writer, reader)
+    )
+    for name in (wrote, reads):
+        if name.lower() not in _ADAMS:
+            raise BadInput(
+                f"deepspeed.optimizer.type={reads}: {folder} is of {wrote}, and the state of "
+                f"{name} continues only with the same optimizer, precision, ranks and ZeRO stage; "
+                "set these back, or start anew with checkpoint.resume=never"
+            )
+
+
+def write_problem(error: Exception) -> str | None:
+    """Why a checkpoint was not written, in a few words; None: the error is about something else.
+
+    An error that another rank met is one, whatever it was: that rank tells more.
+    """
+    said = " ".join(str(error).split())
+    # Of torch's own writer, which does not know why.
+    of_torch = "PytorchStreamWriter" in said or "inline_container" in said
+    known = isinstance(error, OSError | SafetensorError | FailedElsewhere | FloatingPointError)
+    if not of_torch and not known:
+        return None
+    if os.strerror(errno.ENOSPC).lower() in said.lower():
+        return "no space left"
+    return said
+
+
+def write_whole(folder: Path, whole: WholeState) -> None:
+    """Write a checkpoint that a run of any ranks and ZeRO stage continues from.
+
+    To be called inside `parallel.checkpoint.save_atomically`.
+    """
+    save_tensors(whole.weights, folder / WEIGHTS)
+    moments = {f"exp_avg/{name}": tensor for name, tensor in whole.exp_avg.items()}
+    moments |= {f"exp_avg_sq/{name}": tensor for name, tensor in whole.exp_avg_sq.items()}
+    save_tensors(moments, folder / OPTIMIZER)
+    if whole.task_state:
+        save_tensors(whole.task_state, folder / TASK_STATE)
+    write_description(folder, whole.state, whole.config)
+
+
+def read_whole(folder: Path, *, moments: bool = True) -> WholeState:
+    """All of a checkpoint as whole tensors, whatever ranks and ZeRO stage wrote it.
+
+    Args:
+        folder: the checkpoint (see `find_checkpoint`).
+        moments: False leaves the optimizer's out.
+    """
+    found: dict[str, Tensor] = {}
+    if moments and (folder / OPTIMIZER).is_file():
+        found = load_file(folder / OPTIMIZER)
+    elif moments:
+        found = _engine_moments(folder)
+    parts: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
+    for key, tensor in found.items():
+        kind, _, name = key.partition("/")
+        parts[kind][name] = tensor
+    task_state = load_file(folder / TASK_STATE) if (folder / TASK_STATE).is_file() else {}
+    return WholeState(
+        weights=load_file(folder / WEIGHTS),
+        state=read_state(folder),
+        config=load_saved(folder),
+        task_state=task_state,
+        **parts,
+    )
+
+
+def _engine_moments(folder: Path) -> dict[str, Tensor]:
+    # DeepSpeed knows the layout of its own shards.
+    from launch.checkpoint.shards import whole_moments
+
+    return whole_moments(folder)

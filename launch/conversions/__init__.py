@@ -1,0 +1,1 @@
+"""One checkpoint turned into another: the programs behind `launch.convert`."""

@@ -1,0 +1,238 @@
+"""A run's configuration: YAML and `section.key=value` overrides, checked before anything starts.
+
+Sections `model` and `data` are the task's own dataclasses, so every option of the library is an
+option of the command line without a second definition. Each dataclass documents its fields under
+"Attributes:" in its docstring; `--help` prints those lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launch.run.errors import BadInput
+from launch.run.growth_phases import with_growth
+from launch.run.sections import (
+    CheckpointConfig,
+    MonitorConfig,
+    ParallelConfig,
+    PhaseConfig,
+    TrainConfig,
+)
+from launch.run.validation import suggestion, validated
+from launch.run.writable import write_text_whole
+from launch.tasks import task_class
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a run.
+
+    Attributes:
+        task: what is learnt: language_model, diffusion, or your own as `module:Class`.
+        output: folder of checkpoints, logs and the resolved configuration.
+        phases: a list of phases, see docs/configuration.md; empty: one phase.
+    """
+
+    task: str
+    output: str
+    model: Any
+    data: Any
+    train: TrainConfig
+    parallel: ParallelConfig
+    monitor: MonitorConfig
+    checkpoint: CheckpointConfig
+    deepspeed: dict[str, Any]
+    phases: list[PhaseConfig] = field(default_factory=list)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data: `from_mapping` gives the same RunConfig."""
+        return dataclasses.asdict(self)
+
+    def phase_configs(self) -> list[RunConfig]:
+        """The configuration of each phase; the run itself when it has none.
+
+        Raises:
+            BadInput: when a phase names an unknown key or a wrong value.
+        """
+        if not self.phases:
+            return [self]
+        plain = self.resolved()
+        configs = []
+        for phase in self.phases:
+            # Keys carry over from phase to phase: a model that grew stays grown.
+            for section in ("train", "model", "data"):
+                changes = getattr(phase, section)
+                plain[section] = _merged(plain[section] or {}, changes)
+            try:
+                configs.append(from_mapping({**plain, "phases": []}))
+            except BadInput as error:
+                raise BadInput(f"phase {phase.name}: {error}") from None
+        return configs
+
+
+SECTIONS: dict[str, Any] = {
+    "train": TrainConfig,
+    "parallel": ParallelConfig,
+    "monitor": MonitorConfig,
+    "checkpoint": CheckpointConfig,
+    "deepspeed": dict[str, Any],
+    "phases": list[PhaseConfig],
+}
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, apply overrides, check everything that can be checked without data.
+
+    Args:
+        path: a YAML file; None: the defaults.
+        overrides: `section.key=value` or `phases[0].section.key=value`, values in YAML notation.
+
+    Raises:
+        BadInput: one line that names the value and the rule; also for an override that no phase
+            leaves in force.
+    """
+    tree = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise BadInput(f"{override!r}: must be section.key=value")
+        tree = _override(tree, override)
+    _check_in_force(tree, overrides)
+    tree.setdefault("output", f"runs/{Path(path).stem if path is not None else 'default'}")
+    return from_mapping(tree)
+
+
+def from_mapping(tree: dict[str, Any]) -> RunConfig:
+    """Check plain data and make it a RunConfig.
+
+    Raises:
+        BadInput: one line that names the value and the rule.
+    """
+    known = [f.name for f in dataclasses.fields(RunConfig)]
+    for key in tree:
+        if key not in known:
+            raise BadInput(f"{key}: unknown key{suggestion(key, known)}")
+    name = tree.get("task", "language_model")
+    output = tree.get("output", "runs/default")
+    for key, value in (("task", name), ("output", output)):
+        if not isinstance(value, str):
+            raise BadInput(f"{key}={value!r}: must be a string")
+    task = task_class(name)
+    types_ = {"model": task.model_config, "data": task.data_config, **SECTIONS}
+    sections = {}
+    for section, kind in types_.items():
+        empty: Any = [] if section == "phases" else {}
+        value = tree.get(section)
+        sections[section] = validated(kind, empty if value is None else value, section)
+    config = with_growth(RunConfig(task=name, output=output, **sections), PhaseConfig)
+    config.phase_configs()
+    return config
+
+
+def load_saved(path: Path) -> RunConfig:
+    """The configuration that a checkpoint or run folder holds in run.yaml."""
+    return from_mapping(_read_yaml(path / "run.yaml"))
+
+
+def save_resolved(config: RunConfig, path: Path) -> None:
+    """Write every key with its value."""
+    write_text_whole(path, yaml.safe_dump(config.resolved(), sort_keys=False))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadInput(f"{path}: no such configuration file")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: must be a mapping of sections")
+    return typing.cast(dict[str, Any], tree)
+
+
+def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    key, _, value = override.partition("=")
+    try:
+        merged = OmegaConf.create(tree)
+        if re.search(r"\[|\.\d", key):
+            # Merging knows no place in a list.
+            _check_phase_index(tree, key)
+            entry = OmegaConf.from_dotlist([f"value={value}"]).value
+            OmegaConf.update(merged, key, entry, merge=True)
+        else:
+            merged.merge_with(OmegaConf.from_dotlist([override]))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise BadInput(f"{override}: {error}") from None
+
+
+def _check_phase_index(tree: dict[str, Any], key: str) -> None:
+    found = re.match(r"phases(?:\[|\.)(\d+)", key)
+    count = len(tree.get("phases") or [])
+    if found is not None and int(found[1]) >= count:
+        there = f"0 to {count - 1}" if count else "none"
+        raise ValueError(f"phases of this run: {there}")
+
+
+def _check_in_force(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse an override that says something else than the phases, which win."""
+    phases = tree.get("phases") or []
+    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
+        return  # said when it is validated
+    for override in overrides:
+        given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        for path in _leaves(given):
+            setting = [n for n, phase in enumerate(phases) if _at(phase, path) is not _ABSENT]
+            # What the first phase sets carries over to the others.
+            if not setting or setting[0] != 0 or _at(phases[0], path) == _at(tree, path):
+                continue
+            key = ".".join(path)
+            values = ", ".join(
+                f"{_at(phases[n], path)} in phases[{n}] {phases[n].get('name', '')}"
+                for n in setting
+            )
+            raise BadInput(
+                f"{key}={_at(tree, path)}: has no effect, phases set it themselves ({values}); "
+                f"give phases[0].{key}=…"
+            )
+
+
+_ABSENT = object()
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    """The value at a path, or what stands in its way; _ABSENT when there is none."""
+    for part in path:
+        if not isinstance(tree, dict):
+            return tree
+        if part not in tree:
+            return _ABSENT
+        tree = tree[part]
+    return tree
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if not isinstance(tree, dict) or not tree:
+        yield path
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, (*path, str(key)))
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    out = dict(old)
+    for key, value in new.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if nested else value
+    return out

@@ -1,0 +1,125 @@
+"""Everything about a run that can be checked before any rank starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from launch.checkpoint.files import check_same_model, find_checkpoint, read_state
+from launch.run.config import RunConfig, load_saved
+from launch.run.deepspeed_section import check_deepspeed
+from launch.run.engine import engine_settings
+from launch.run.errors import BadInput
+from launch.run.writable import check_folder
+from launch.run.zero import check_zero
+from launch.tasks import task_class
+from parallel.checkpoint import newest_intact
+from parallel.mesh import Mesh, data_degree
+
+
+def check_run(config: RunConfig, *, ranks: int) -> None:
+    """Check that a run on that many ranks can begin. Builds the caches of its data.
+
+    Raises:
+        BadInput: one line that names the value and the rule.
+    """
+    phases = config.phase_configs()
+    axes = config.parallel
+    try:
+        data = data_degree(ranks, tensor=axes.tensor, context=axes.context, expert=axes.expert)
+    except ValueError as error:
+        raise BadInput(f"parallel.{error}") from None
+    mesh = Mesh(**{**vars(axes), "data": data})
+    check_folder("output", config.output)
+    check_deepspeed(config.deepspeed)
+    for phase in phases:
+        stage = phase.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        check_zero(stage, tensor=axes.tensor, expert=axes.expert)
+        engine_settings(phase, data)
+        task_class(phase.task).check(phase)
+        meta_model(phase, mesh)
+    # Sizes only: the run itself compares the checksums, once.
+    source = starting_checkpoint(config, checksums=False)
+    if source is not None:
+        check_continues(config, source)
+
+
+def starting_checkpoint(config: RunConfig, *, checksums: bool = True) -> Path | None:
+    """The checkpoint that a run starts from; None: from nothing.
+
+    Args:
+        config: of the run.
+        checksums: False trusts the sizes of a checkpoint's files.
+
+    Raises:
+        BadInput: the one asked for is not there or damaged.
+    """
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return newest_intact(Path(config.output) / "checkpoints", checksums=checksums)
+    return find_checkpoint(resume, checksums=checksums)
+
+
+def check_continues(config: RunConfig, source: Path) -> None:
+    """Check that a run can go on from a checkpoint.
+
+    Raises:
+        BadInput: it is of another model (names the first parameter), or of a later phase.
+    """
+    state, phases = read_state(source), config.phase_configs()
+    if state.phase >= len(phases):
+        raise BadInput(f"{source}: ends phase {state.phase + 1}, this run has {len(phases)}")
+    phase = phases[state.phase]
+    try:
+        check_same_model(meta_model(phase), source)
+    except BadInput as error:
+        advice = "start anew with checkpoint.resume=never or another output="
+        if config.checkpoint.resume not in ("auto", "never"):
+            # Anew, it would train without the weights that it is to start from.
+            advice = "train it with the configuration beside it: launch.start --config …/run.yaml"
+        raise BadInput(f"{error}; {advice}") from None
+
+
+def changed_settings(config: RunConfig, source: Path) -> list[str]:
+    """What a run computes with that the checkpoint it goes on from did not: "key: now, was then".
+
+    Args:
+        config: of the phase that continues.
+        source: a checkpoint from inside that phase.
+    """
+    now, then = (_flat(one.resolved()) for one in (config, load_saved(source)))
+    return [
+        f"{key}: {now.get(key)}, was {then.get(key)}"
+        for key in {**now, **then}
+        if key.split(".")[0] in ("task", "model", "data", "train", "deepspeed")
+        if now.get(key) != then.get(key)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return found
+
+
+def meta_model(config: RunConfig, mesh: Mesh | None = None) -> nn.Module:
+    """The model without memory for its weights; one rank's part on a mesh of these sizes.
+
+    Raises:
+        BadInput: what its blocks refuse.
+    """
+    device = torch.device("meta")
+    mesh = Mesh.single() if mesh is None else mesh
+    try:
+        with device:
+            task = task_class(config.task)(config, mesh=mesh, device=device)
+            return task.build_model()
+    except ValueError as error:
+        raise BadInput(f"model: {error}") from None

@@ -1,0 +1,189 @@
+"""The sections of a configuration that every task shares.
+
+Fields are documented under "Attributes:"; `--help` prints those lines.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from launch.run.growth_phases import GrowthConfig
+
+_FORBID = {"extra": "forbid"}
+
+
+# What counts and seeds are kept in: int64, by numpy and torch.
+LARGEST_WHOLE = 2**63 - 1
+# Optimizers compute in float32, into which torch refuses to convert a larger number.
+_LARGEST = 1e38
+
+
+def _within(owner: object, minimum: float, maximum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is None or minimum <= value <= maximum:
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value}: must be a finite number")
+        rule = f"at least {minimum}" if value < minimum else f"at most {maximum}"
+        raise ValueError(f"{name}={value}: must be {rule}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimizer and its schedule.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: rows (sequences, images) of one step, over all ranks.
+        micro_batch_size: rows of one forward on one rank; null: batch_size / data ranks, so that
+            nothing is accumulated.
+        learning_rate: highest learning rate, reached after the warm-up.
+        warmup_steps: steps in which the learning rate rises linearly from 0.
+        final_learning_rate: share of learning_rate that the cosine ends at, from 0 to 1.
+        weight_decay: decoupled, on matrices only (not on norms, biases or scales).
+        beta1, beta2, eps: of AdamW.
+        gradient_clip: largest global gradient norm; 0: no clipping.
+        seed: of the weights, the order of the data and every random draw; below 2**63.
+        evaluate_every: steps between evaluations on held-out data; 0: at the end only.
+        log_every: steps between progress lines.
+        calibrate_rows: held-out rows on which thresholds of Mixture-of-Depths predictors are set
+            before every evaluation, so that it executes the share of tokens that was trained; 0:
+            a token is executed when its predictor finds that more likely than not.
+        move_within: every parameter must have had a gradient within this many steps, or the run
+            stops and names it; 0: not checked.
+        growth: a list of {step, tokens, ffn_tokens}: parameter tokens of a TokenFormer from that
+            step on; each stage between two growths is a phase with its own warm-up and cosine.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    steps: int = 200
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    final_learning_rate: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    gradient_clip: float = 1.0
+    seed: int = 0
+    evaluate_every: int = 0
+    log_every: int = 10
+    calibrate_rows: int = 0
+    move_within: int = 1
+    growth: list[GrowthConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _within(self, 1, LARGEST_WHOLE, "steps", "batch_size", "micro_batch_size", "log_every")
+        _within(self, 0, LARGEST_WHOLE, "warmup_steps", "evaluate_every", "move_within", "seed")
+        _within(self, 0, LARGEST_WHOLE, "calibrate_rows")
+        # Adam divides the rate by 1 - beta1 at first, and multiplies it by the decay.
+        _within(self, 0, 1e6, "learning_rate", "weight_decay")
+        _within(self, 0, _LARGEST, "gradient_clip", "eps")
+        _within(self, 0, 1, "final_learning_rate")
+        if not self.eps:
+            # Adam divides by the root of a second moment, which is 0 where no gradient has been.
+            raise ValueError(f"eps={self.eps}: must be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks share the model; what these axes leave of the world splits the batch.
+
+    Attributes:
+        tensor: ranks that split every weight matrix.
+        context: ranks that split every sequence.
+        expert: ranks that split the experts.
+        sequence_parallel: also split the tokens between the tensor ranks.
+        context_attention: how attention sees split sequences: "ulysses" (heads are split
+            meanwhile, and must divide) or "ring" (queries or keys travel round the ranks).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence_parallel: bool = False
+    context_attention: Literal["ulysses", "ring"] = "ulysses"
+
+    def __post_init__(self) -> None:
+        _within(self, 1, LARGEST_WHOLE, "tensor", "context", "expert")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is written while training.
+
+    Attributes:
+        tensorboard: write TensorBoard events to OUTPUT/tensorboard.
+        every: steps between records of the routing (they are also lines of OUTPUT/metrics.jsonl).
+        images_every: steps between histograms and routing images; 0: at evaluations only.
+        on_alarm: "warn" prints an alarm and goes on, "stop" ends the run.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    tensorboard: bool = True
+    every: int = 10
+    images_every: int = 0
+    on_alarm: Literal["warn", "stop"] = "warn"
+
+    def __post_init__(self) -> None:
+        _within(self, 1, LARGEST_WHOLE, "every")
+        _within(self, 0, LARGEST_WHOLE, "images_every")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved and what it starts from.
+
+    Attributes:
+        every: steps between checkpoints; 0: at the end (and on SIGTERM) only.
+        keep: checkpoints that are kept: the one written last and the nearest below it.
+        resume: "auto" continues from the newest intact checkpoint of OUTPUT, "never" starts anew,
+            a path starts from that checkpoint, or continues the run that the same configuration
+            started from it.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    every: int = 0
+    keep: int = 2
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        _within(self, 0, LARGEST_WHOLE, "every")
+        _within(self, 1, LARGEST_WHOLE, "keep")
+        if not self.resume.strip():
+            raise ValueError(f"resume={self.resume!r}: must be auto, never or a path")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase of a run of several, which continues from the phase before.
+
+    Warm-up, cosine and step count start anew in every phase; a checkpoint ends it. What a phase
+    does not name is as in the run's own sections.
+
+    Attributes:
+        name: of the phase.
+        train, model, data: keys of those sections that differ in this phase.
+        optimizer: "keep" the moments of the phase before, or "restart" from zero.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    name: str
+    train: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    optimizer: Literal["keep", "restart"] = "keep"

@@ -1,0 +1,113 @@
+"""Plain data to dataclasses, and one line for the first thing that is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from launch.run.errors import BadInput
+
+
+def validated(kind: Any, value: Any, section: str) -> Any:
+    """Plain data as the dataclass `kind`.
+
+    Raises:
+        BadInput: one line that names the value and the rule.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise BadInput(_first_line(error, kind, section)) from None
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def _first_line(error: ValidationError, kind: Any, section: str) -> str:
+    # An unknown key explains a missing one, so it is said first.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] not in _UNKNOWN)
+    problem = problems[0]
+    path, owner = section, kind
+    for part in problem["loc"]:
+        names = _field_names(owner)
+        if isinstance(part, int):
+            path, owner = f"{path}[{part}]", _item_type(owner)
+        elif part in names:
+            path, owner = f"{path}.{part}", _field_type(owner, str(part))
+        elif problem["type"] in _UNKNOWN:
+            path = f"{path}.{part}"
+            return f"{path}: unknown key{suggestion(str(part), names)}"
+    if problem["type"] == "value_error":
+        return f"{path}.{problem['ctx']['error']}" if _field_names(owner) else problem["msg"]
+    if problem["type"] == "missing":
+        return f"{path}.{problem['loc'][-1]}: required"
+    alike = [p for p in problems if p["loc"][:1] == problem["loc"][:1]]
+    rules = dict.fromkeys(_rule(p) for p in alike)
+    return f"{path}={_shown(problem['input'])}: must be {' or '.join(rules)}"
+
+
+_RULES = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "dict": "a mapping of keys",
+    "dataclass": "a mapping of keys",
+}
+
+
+def _rule(problem: Mapping[str, Any]) -> str:
+    """What pydantic asks for, in this project's words."""
+    if problem["type"] == "literal_error":
+        return f"one of {problem['ctx']['expected'].replace(' or ', ', ')}"
+    return _RULES.get(problem["type"].split("_")[0], f"such that: {problem['msg']}")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+
+
+def dataclass_in(kind: Any) -> type | None:
+    """The dataclass in `X`, `X | None`; None when there is none."""
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
+    found = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
+    return found[0] if found else None
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _item_type(kind: Any) -> Any:
+    arguments = typing.get_args(kind)
+    return arguments[-1] if arguments else None
+
+
+@functools.cache
+def _hints(owner: type) -> dict[str, Any]:
+    return typing.get_type_hints(owner)
+
+
+def _field_names(kind: Any) -> list[str]:
+    owner = dataclass_in(kind)
+    return [] if owner is None else [f.name for f in dataclasses.fields(owner)]
+
+
+def _field_type(kind: Any, name: str) -> Any:
+    owner = dataclass_in(kind)
+    assert owner is not None
+    return _hints(owner)[name]

@@ -1,0 +1,1 @@
+"""What proves parallel training right: faults, traces and counted traffic."""
