@@ -10,82 +10,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import yaml
 
 from adaptive.flops import planned_flops
 from adaptive.observe.metric_log import read_metrics
 from launch.checkpoint.files import find_checkpoint, load_model, read_state
-from launch.run.comparison_report import write_results
-from launch.run.config import RunConfig, load_config, load_saved
+from launch.comparison.config import Comparison, folder_name, load_comparison
+from launch.comparison.report import write_results
+from launch.run.config import load_config, load_saved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.folder import free_name, only_run_in
 from launch.run.options import check_counts, refuse_empty_values
 from launch.run.preflight import check_run, meta_model
-from launch.run.validation import validated
-from launch.run.writable import check_folder, write_text_whole
-from launch.tasks import Task, task_class
+from launch.run.sections import RunConfig
+from launch.run.writable import write_text_whole
+from launch.tasks import Task
+from launch.tasks.registry import task_class
 from launch.train import __file__ as TRAIN
 from parallel.mesh import Mesh
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Attributes:
-        title: of the table and the plot.
-        recipe: the YAML that every run starts from, relative to the comparison's own file.
-        operations: executed floating-point operations of every run, forward and backward.
-        arms: name -> overrides of the recipe.
-        seeds: of the runs of each arm.
-        common: overrides of every run.
-        points: evaluations of each run, evenly spread.
-        about: text below the title of the results.
-        output: folder of the runs.
-        results: where the table, the plot and the numbers go, without an ending.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    title: str
-    recipe: str
-    operations: float
-    arms: dict[str, list[str]]
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    common: list[str] = field(default_factory=list)
-    points: int = 8
-    about: str = ""
-    output: str = "runs/comparison"
-    results: str = "runs/comparison/results"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.operations < math.inf:
-            raise ValueError(f"operations={self.operations}: must be a number above 0")
-        if self.points < 1:
-            raise ValueError(f"points={self.points}: must be at least 1")
-        if not self.arms:
-            raise ValueError("arms={}: must name at least one arm")
-        if not self.seeds:
-            raise ValueError("seeds=[]: must hold at least one seed")
-        # Runs have a folder by arm and seed: two of one name would write into each other's.
-        for seed in self.seeds:
-            if self.seeds.count(seed) > 1:
-                raise ValueError(f"seeds={self.seeds}: must hold {seed} once")
-        folders = [_folder_name(arm) for arm in self.arms]
-        for arm, name in zip(self.arms, folders, strict=True):
-            if folders.count(name) > 1:
-                raise ValueError(f"arms: {arm!r}: {name} must be the folder of one arm only")
 
 
 @dataclass(frozen=True)
@@ -126,40 +77,6 @@ def main(arguments: list[str] | None = None) -> None:
     write_results(comparison, [outcome for outcome in outcomes if outcome is not None])
 
 
-def load_comparison(path: Path, overrides: list[str]) -> Comparison:
-    """Read a comparison.
-
-    Raises:
-        BadInput: one line that names the value and the rule.
-    """
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not valid YAML: {error}") from None
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
-    if not isinstance(tree, dict):
-        raise BadInput(f"{path}: must be a mapping of keys")
-    refuse_empty_values(overrides)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise BadInput(f"{override!r}: must be key=value")
-        try:
-            tree[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise BadInput(f"{override}: not valid YAML: {error}") from None
-    comparison: Comparison = validated(Comparison, tree, path.stem)
-    check_folder("results", Path(comparison.results).parent)
-    return comparison
-
-
-def _folder_name(arm: str) -> str:
-    return arm.replace(" ", "_")
-
-
 def plan_runs(comparison: Comparison, folder: Path) -> list[Run]:
     """Every arm and seed, with as many steps as the operations allow."""
     recipe = folder / comparison.recipe
@@ -167,7 +84,7 @@ def plan_runs(comparison: Comparison, folder: Path) -> list[Run]:
     # Seed by seed: an interrupted comparison has the same seeds of every arm.
     for seed in comparison.seeds:
         for arm, overrides in comparison.arms.items():
-            output = Path(comparison.output) / f"{_folder_name(arm)}-{seed}"
+            output = Path(comparison.output) / f"{folder_name(arm)}-{seed}"
             words = [*comparison.common, *overrides, f"train.seed={seed}", f"output={output}"]
             refuse_empty_values(words)
             steps = steps_within(load_config(recipe, words), comparison.operations)

@@ -33,7 +33,8 @@ from launch.data.text import TextConfig
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_counts
 from launch.run.writable import check_file
-from launch.tasks import Batch, task_class
+from launch.tasks import Batch
+from launch.tasks.registry import task_class
 from parallel.checkpoint import problem_with, step_of
 from parallel.mesh import Mesh
 

@@ -27,9 +27,9 @@ from adaptive.models.decoder.generate import (
 from adaptive.models.decoder.model import Decoder
 from launch.checkpoint.files import load_model
 from launch.data.text import Corpus, Tokenizer
-from launch.run.config import RunConfig
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_counts, check_seed
+from launch.run.sections import RunConfig
 from launch.run.terminal import shown, visible
 from launch.tasks import decode_depth
 

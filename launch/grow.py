@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from adaptive.growth import Growth, grow, grown_config, grown_moments
 from launch.checkpoint.files import (
-    WholeState,
     find_checkpoint,
     load_model,
     load_weights,
@@ -34,11 +33,14 @@ from launch.checkpoint.files import (
     read_whole,
     write_whole,
 )
-from launch.run.config import RunConfig, load_saved, save_resolved
+from launch.checkpoint.state import WholeState
+from launch.run.config import load_saved, save_resolved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.sections import RunConfig
 from launch.run.terminal import command
 from launch.run.writable import check_folder
-from launch.tasks import Task, task_class
+from launch.tasks import Task
+from launch.tasks.registry import task_class
 from parallel.checkpoint import newest_intact, save_atomically
 from parallel.mesh import Mesh
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import RoutingTape
-from launch.run.config import RunConfig, load_config
+from launch.run.config import load_config
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_counts, check_positive, check_seed, refuse_empty_values
 from launch.run.parity_trainer import deepspeed_trainer
+from launch.run.sections import RunConfig
 from launch.run.zero import check_zero
-from launch.tasks import task_class
+from launch.tasks.registry import task_class
 from parallel.checks.faults import FAULTS
 from parallel.mesh import Mesh
 from parallel.parity import Batch, PlainTrainer, Settings, Share, check_parity

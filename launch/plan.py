@@ -13,7 +13,8 @@ from torch import nn
 from adaptive.flops import Work
 from adaptive.models.decoder.model import Decoder, DecoderConfig
 from launch.parity import parse_mesh
-from launch.planning.machines import PUBLISHED, Machine, machine_of, with_given
+from launch.planning.machines import PUBLISHED, Machine, with_given
+from launch.planning.probe import machine_of
 from launch.planning.step_time import (
     Collective,
     Demand,
@@ -26,11 +27,12 @@ from launch.planning.step_time import (
     seconds,
     weight_passes,
 )
-from launch.run.config import RunConfig, load_config
+from launch.run.config import load_config
 from launch.run.engine import batch_split
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_counts, check_positive, refuse_empty_values
 from launch.run.preflight import meta_model
+from launch.run.sections import RunConfig
 from parallel import cost
 from parallel.gradients import is_expert
 from parallel.mesh import Mesh, data_degree

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.checkpoint.files import WholeState, find_checkpoint, read_whole, write_whole
+from launch.checkpoint.files import find_checkpoint, read_whole, write_whole
+from launch.checkpoint.state import WholeState
 from launch.parity import parse_mesh
-from launch.run.config import ParallelConfig, RunConfig
+from launch.run.config import ParallelConfig
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.sections import RunConfig
 from launch.run.writable import check_folder
 from launch.run.zero import check_zero
 from parallel.checkpoint import save_atomically
@@ -112,7 +114,7 @@ def _gathered(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
     """On every rank: load, and give back whole tensors."""
     from launch.run.engine import Engine
     from launch.run.ranks import join_ranks
-    from launch.tasks import task_class
+    from launch.tasks.registry import task_class
     from parallel.mesh import Mesh
 
     device = join_ranks()

@@ -20,9 +20,9 @@ from adaptive.models.diffusion.model import DiffusionTransformer
 from adaptive.models.diffusion.samplers import SamplingConfig, operations_per_image, sample
 from launch.checkpoint.files import TASK_STATE, find_checkpoint, load_model
 from launch.data.images import tile, to_pixels
-from launch.run.config import RunConfig
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_counts, check_seed
+from launch.run.sections import RunConfig
 from launch.run.writable import check_file
 from launch.tasks.diffusion import averaged_weights
 

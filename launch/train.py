@@ -26,9 +26,10 @@ import torch.distributed as dist
 from adaptive.observe.alarms import Alarm
 from adaptive.observe.metric_log import MetricLog
 from adaptive.observe.monitor import Monitor
-from launch.checkpoint.files import RunState, read_state
+from launch.checkpoint.files import read_state
+from launch.checkpoint.state import RunState
 from launch.run.arguments import parse
-from launch.run.config import RunConfig, save_resolved
+from launch.run.config import save_resolved
 from launch.run.engine import Engine
 from launch.run.errors import BadInput, exit_on_bad_input
 from launch.run.folder import how_to_continue, only_run_in, where_to_start
@@ -37,7 +38,8 @@ from launch.run.optimizer import learning_rate_at
 from launch.run.preflight import changed_settings, check_continues, check_run
 from launch.run.progress import Progress, farewell
 from launch.run.ranks import StopRequest, is_first, join_ranks
-from launch.tasks import task_class
+from launch.run.sections import RunConfig
+from launch.tasks.registry import task_class
 from parallel.mesh import Mesh
 
 

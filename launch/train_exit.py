@@ -22,9 +22,9 @@ from adaptive.models.decoder.speculative import ExitAdapter, distil_adapter
 from launch.checkpoint.files import load_model
 from launch.data.text import Corpus
 from launch.generate import chosen_device
-from launch.run.config import RunConfig
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_counts, check_positive, check_seed
+from launch.run.sections import RunConfig
 from launch.run.writable import check_file
 from launch.tasks.decode_depth import save_adapter
 

@@ -56,6 +56,61 @@ def test_imports_run_one_way(package: str) -> None:
                 assert level(module) >= level(here), f"{here} imports {module}"
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components of more than one node (Tarjan's algorithm)."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    path: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        order[node] = lowest[node] = len(order)
+        path.append(node)
+        for other in graph[node]:
+            if other not in order:
+                visit(other)
+                lowest[node] = min(lowest[node], lowest[other])
+            elif other in path:
+                lowest[node] = min(lowest[node], order[other])
+        if lowest[node] == order[node]:
+            component = path[path.index(node) :]
+            del path[path.index(node) :]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for node in graph:
+        if node not in order:
+            visit(node)
+    return found
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a", "d"}}
+    assert circles(graph) == [["b", "c"]]
+
+
+def test_imports_run_in_no_circle() -> None:
+    """Also not those inside functions and under TYPE_CHECKING."""
+    modules = {module_name(path): path for path in sources("launch")}
+    graph = {}
+    for here, path in modules.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    # The module of that name, or else a name of the package's own.
+                    inner = f"{node.module}.{alias.name}"
+                    names.add(inner if inner in modules else str(node.module))
+        graph[here] = names & modules.keys() - {here}
+    assert circles(graph) == []
+
+
 def test_megatron_has_one_door_and_deepspeed_lives_in_launch() -> None:
     for package in ("adaptive", "parallel", "launch"):
         for path in sources(package):

@@ -20,7 +20,6 @@ import dataclasses
 import errno
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,63 +27,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from launch.run.config import RunConfig, load_saved, save_resolved
+from launch.checkpoint.shards import whole_moments
+from launch.checkpoint.state import RunState, WholeState
+from launch.run.config import load_saved, save_resolved
 from launch.run.errors import BadInput
-from launch.tasks import task_class
+from launch.run.sections import RunConfig
+from launch.tasks.registry import task_class
 from parallel.checkpoint import MANIFEST, FailedElsewhere, newest_intact, problem_with
 from parallel.mesh import Mesh
 
 # DeepSpeed's names of optimizers whose state is a step, exp_avg and exp_avg_sq.
 _ADAMS = ("adam", "adamw", "lamb", "muadam", "muadamw")
 WEIGHTS, OPTIMIZER, TASK_STATE = "model.safetensors", "optimizer.safetensors", "task.safetensors"
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Where a run is.
-
-    Attributes:
-        step: optimizer steps taken, over all phases.
-        phase: index of the phase.
-        phase_step: steps taken in that phase.
-        rows: rows of the training stream consumed.
-        tokens: valid tokens trained on.
-        executed_flops, nominal_flops: forward and backward, over all ranks.
-        optimizer_steps: steps that the moments have seen (Adam's bias correction).
-        ranks: world size that wrote the checkpoint.
-        zero_stage: ZeRO stage that wrote it.
-    """
-
-    step: int = 0
-    phase: int = 0
-    phase_step: int = 0
-    rows: int = 0
-    tokens: int = 0
-    executed_flops: float = 0.0
-    nominal_flops: float = 0.0
-    optimizer_steps: int = 0
-    ranks: int = 1
-    zero_stage: int = 0
-
-
-@dataclass
-class WholeState:
-    """A run's state as whole tensors, for programs that change a model between runs.
-
-    Attributes:
-        weights: float32, under the model's names; tied weights once.
-        exp_avg, exp_avg_sq: Adam's moments of the trained parameters; empty: not there.
-        state: where the run was.
-        config: of the run.
-        task_state: what the task keeps besides.
-    """
-
-    weights: dict[str, Tensor]
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
-    state: RunState
-    config: RunConfig
-    task_state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def find_checkpoint(path: str | Path, *, checksums: bool = True) -> Path:
@@ -273,7 +227,7 @@ def read_whole(folder: Path, *, moments: bool = True) -> WholeState:
     if moments and (folder / OPTIMIZER).is_file():
         found = load_file(folder / OPTIMIZER)
     elif moments:
-        found = _engine_moments(folder)
+        found = whole_moments(folder)
     parts: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
     for key, tensor in found.items():
         kind, _, name = key.partition("/")
@@ -286,10 +240,3 @@ def read_whole(folder: Path, *, moments: bool = True) -> WholeState:
         task_state=task_state,
         **parts,
     )
-
-
-def _engine_moments(folder: Path) -> dict[str, Tensor]:
-    # DeepSpeed knows the layout of its own shards.
-    from launch.checkpoint.shards import whole_moments
-
-    return whole_moments(folder)

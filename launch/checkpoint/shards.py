@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from launch.run.config import load_saved
 from launch.run.errors import BadInput
 from launch.run.optimizer import parameter_groups
-from launch.tasks import task_class
+from launch.tasks.registry import task_class
 from parallel.mesh import Mesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PREFIX = "model."  # of parameters in DeepSpeed's files: launch.tasks.Objective holds the model
+PREFIX = "model."  # of parameters in DeepSpeed's files: launch.run.engine.Objective holds the model
 TAG = "engine"
 
 

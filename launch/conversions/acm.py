@@ -24,19 +24,14 @@ from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
 from adaptive.models.convert.acm import convert, distil, rows_of_learners, train_gates
 from adaptive.models.decoder.model import Decoder
 from adaptive.routing.forced import force_choices
-from launch.checkpoint.files import (
-    RunState,
-    WholeState,
-    find_checkpoint,
-    load_model,
-    named_tensors,
-    write_whole,
-)
+from launch.checkpoint.files import find_checkpoint, load_model, named_tensors, write_whole
+from launch.checkpoint.state import RunState, WholeState
 from launch.data.text import Corpus
 from launch.grow import check_output
-from launch.run.config import RunConfig, save_resolved
+from launch.run.config import save_resolved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_positive
+from launch.run.sections import RunConfig
 from launch.run.terminal import command
 from parallel.checkpoint import save_atomically
 

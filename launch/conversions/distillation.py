@@ -21,19 +21,15 @@ from torch import nn
 from adaptive.blocks.pattention import Pattention, PattentionConfig
 from adaptive.models.convert.distillation import DistillationConfig, LayerReport, distill
 from adaptive.models.decoder.model import Decoder, DecoderConfig
-from launch.checkpoint.files import (
-    RunState,
-    WholeState,
-    find_checkpoint,
-    load_model,
-    named_tensors,
-    write_whole,
-)
+from launch.checkpoint.files import find_checkpoint, load_model, named_tensors, write_whole
+from launch.checkpoint.state import RunState, WholeState
 from launch.grow import check_output
-from launch.run.config import RunConfig, save_resolved
+from launch.run.config import save_resolved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.sections import RunConfig
 from launch.run.terminal import command
-from launch.tasks import Task, task_class
+from launch.tasks import Task
+from launch.tasks.registry import task_class
 from parallel.checkpoint import save_atomically
 from parallel.mesh import Mesh
 

@@ -21,14 +21,8 @@ from torch import Tensor
 
 from adaptive.models.decoder.model import Decoder
 from adaptive.models.weights.tokenformer import from_tokenformer_state_dict, tokenformer_state_dict
-from launch.checkpoint.files import (
-    RunState,
-    WholeState,
-    load_model,
-    named_tensors,
-    save_tensors,
-    write_whole,
-)
+from launch.checkpoint.files import load_model, named_tensors, save_tensors, write_whole
+from launch.checkpoint.state import RunState, WholeState
 from launch.run.config import load_config, save_resolved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.terminal import command

@@ -30,17 +30,12 @@ from adaptive.models.weights.transformers import (
     mixtral_settings,
     to_mixtral,
 )
-from launch.checkpoint.files import (
-    RunState,
-    WholeState,
-    find_checkpoint,
-    read_whole,
-    save_tensors,
-    write_whole,
-)
-from launch.run.config import RunConfig, from_mapping, save_resolved
+from launch.checkpoint.files import find_checkpoint, read_whole, save_tensors, write_whole
+from launch.checkpoint.state import RunState, WholeState
+from launch.run.config import from_mapping, save_resolved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_seed
+from launch.run.sections import RunConfig
 from launch.run.terminal import command
 from launch.run.writable import check_folder
 from parallel.checkpoint import save_atomically

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launch.run.errors import BadInput
-
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 """What crosses links, named as `parallel.checks.traffic.Traffic` names it."""
 
@@ -161,27 +159,6 @@ PUBLISHED = {
         141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9,
     ),
 }  # fmt: skip
-
-
-def machine_of(name: str, *, ranks: int, dim: int, mixed: bool, efficiency: float) -> Machine:
-    """The machine of that name; `this` is measured now.
-
-    Args:
-        name: a key of `PUBLISHED`, or "this".
-        ranks: that will run.
-        dim: width of the model: rates of products depend on it.
-        mixed, efficiency: see `DataSheet.machine`.
-
-    Raises:
-        BadInput: no such machine.
-    """
-    if name == "this":
-        from launch.planning.probe import measure
-
-        return measure(ranks, dim=dim)
-    if name not in PUBLISHED:
-        raise BadInput(f"--machine={name}: must be one of this, {', '.join(sorted(PUBLISHED))}")
-    return PUBLISHED[name].machine(mixed=mixed, efficiency=efficiency)
 
 
 def between(first: Machine, second: Machine) -> Machine:

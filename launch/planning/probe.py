@@ -30,13 +30,33 @@ from adaptive.models.decoder.layers import (
 )
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
-from launch.planning.machines import Link, Machine
+from launch.planning.machines import PUBLISHED, Link, Machine
+from launch.run.errors import BadInput
 from parallel.mesh import Mesh
 from parallel.ranks import on_ranks
 from parallel.rows import all_gather_rows, exchange_rows, reduce_scatter_rows
 from parallel.tensor import column_linear
 
 MOST_RANKS = 8
+
+
+def machine_of(name: str, *, ranks: int, dim: int, mixed: bool, efficiency: float) -> Machine:
+    """The machine of that name; `this` is measured now.
+
+    Args:
+        name: a key of `PUBLISHED`, or "this".
+        ranks: that will run.
+        dim: width of the model: rates of products depend on it.
+        mixed, efficiency: see `DataSheet.machine`.
+
+    Raises:
+        BadInput: no such machine.
+    """
+    if name == "this":
+        return measure(ranks, dim=dim)
+    if name not in PUBLISHED:
+        raise BadInput(f"--machine={name}: must be one of this, {', '.join(sorted(PUBLISHED))}")
+    return PUBLISHED[name].machine(mixed=mixed, efficiency=efficiency)
 
 
 def measure(ranks: int, *, dim: int = 256) -> Machine:

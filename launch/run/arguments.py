@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.run.config import SECTIONS, RunConfig, load_config
+from launch.run.config import SECTIONS, load_config
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import refuse_empty_values
+from launch.run.sections import RunConfig
 from launch.run.validation import dataclass_in
-from launch.tasks import task_class
+from launch.tasks.registry import task_class
 
 
 @dataclass(frozen=True)

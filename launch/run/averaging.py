@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.run.engine import Engine
+from launch.tasks import TrainedModel
 from parallel.gradients import is_expert, part, whole
 
 
@@ -33,7 +33,7 @@ class WeightAverage:
         warmup: decay at step s is at most (1 + s) / (10 + s).
     """
 
-    def __init__(self, engine: Engine, *, decay: float, warmup: bool = False) -> None:
+    def __init__(self, engine: TrainedModel, *, decay: float, warmup: bool = False) -> None:
         self.decay, self.warmup = decay, warmup
         self._shards = {
             name: _own_part(parameter, engine).values.clone()
@@ -41,13 +41,13 @@ class WeightAverage:
         }
 
     @torch.no_grad()
-    def update(self, engine: Engine, step: int) -> None:
+    def update(self, engine: TrainedModel, step: int) -> None:
         """Take in the weights after optimizer step `step` (the first is 1)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         for name, parameter in engine.named_parameters():
             self._shards[name].lerp_(_own_part(parameter, engine).values, 1 - decay)
 
-    def gather(self, engine: Engine) -> dict[str, Tensor]:
+    def gather(self, engine: TrainedModel) -> dict[str, Tensor]:
         """Every averaged parameter, whole, float32 on the CPU. Collective over all ranks.
 
         Rank 0 gets them; the other ranks an empty dictionary.
@@ -68,7 +68,7 @@ class WeightAverage:
         return weights
 
     @torch.no_grad()
-    def load(self, engine: Engine, weights: dict[str, Tensor]) -> None:
+    def load(self, engine: TrainedModel, weights: dict[str, Tensor]) -> None:
         """Take back what `gather` gave, at any number of ranks and ZeRO stage."""
         for name, parameter in engine.named_parameters():
             start, shard = _own_part(parameter, engine).start, self._shards[name]
@@ -76,7 +76,7 @@ class WeightAverage:
             shard.copy_(own[start : start + shard.numel()])
 
 
-def _copies(parameter: nn.Parameter, engine: Engine) -> dist.ProcessGroup | None:
+def _copies(parameter: nn.Parameter, engine: TrainedModel) -> dist.ProcessGroup | None:
     """The ranks that hold the same slice of a parameter, and share its average."""
     mesh = engine.mesh
     return mesh.expert_data_group if is_expert(parameter) else mesh.batch_group
@@ -86,7 +86,7 @@ def _whole_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _own_part(parameter: nn.Parameter, engine: Engine) -> _Part:
+def _own_part(parameter: nn.Parameter, engine: TrainedModel) -> _Part:
     """What this rank's optimizer owns of a parameter."""
     size = _whole_shape(parameter).numel()
     group = _copies(parameter, engine)

@@ -11,7 +11,6 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +19,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.run.errors import BadInput
-from launch.run.growth_phases import with_growth
+from launch.run.growth_phases import growth_phases
 from launch.run.sections import (
     CheckpointConfig,
     MonitorConfig,
     ParallelConfig,
     PhaseConfig,
+    RunConfig,
     TrainConfig,
 )
 from launch.run.validation import suggestion, validated
 from launch.run.writable import write_text_whole
-from launch.tasks import task_class
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """All of a run.
-
-    Attributes:
-        task: what is learnt: language_model, diffusion, or your own as `module:Class`.
-        output: folder of checkpoints, logs and the resolved configuration.
-        phases: a list of phases, see docs/configuration.md; empty: one phase.
-    """
-
-    task: str
-    output: str
-    model: Any
-    data: Any
-    train: TrainConfig
-    parallel: ParallelConfig
-    monitor: MonitorConfig
-    checkpoint: CheckpointConfig
-    deepspeed: dict[str, Any]
-    phases: list[PhaseConfig] = field(default_factory=list)
-
-    def resolved(self) -> dict[str, Any]:
-        """Every key with its value, as plain data: `from_mapping` gives the same RunConfig."""
-        return dataclasses.asdict(self)
-
-    def phase_configs(self) -> list[RunConfig]:
-        """The configuration of each phase; the run itself when it has none.
-
-        Raises:
-            BadInput: when a phase names an unknown key or a wrong value.
-        """
-        if not self.phases:
-            return [self]
-        plain = self.resolved()
-        configs = []
-        for phase in self.phases:
-            # Keys carry over from phase to phase: a model that grew stays grown.
-            for section in ("train", "model", "data"):
-                changes = getattr(phase, section)
-                plain[section] = _merged(plain[section] or {}, changes)
-            try:
-                configs.append(from_mapping({**plain, "phases": []}))
-            except BadInput as error:
-                raise BadInput(f"phase {phase.name}: {error}") from None
-        return configs
-
+from launch.tasks.registry import task_class
 
 SECTIONS: dict[str, Any] = {
     "train": TrainConfig,
@@ -134,9 +86,31 @@ def from_mapping(tree: dict[str, Any]) -> RunConfig:
         empty: Any = [] if section == "phases" else {}
         value = tree.get(section)
         sections[section] = validated(kind, empty if value is None else value, section)
-    config = with_growth(RunConfig(task=name, output=output, **sections), PhaseConfig)
+    config = _with_growth(RunConfig(task=name, output=output, **sections))
     config.phase_configs()
     return config
+
+
+def _with_growth(config: RunConfig) -> RunConfig:
+    """A run whose `train.growth` has become phases.
+
+    Raises:
+        BadInput: it has phases of its own, or what `growth_phases` refuses.
+    """
+    train = config.train
+    if not train.growth:
+        return config
+    if config.phases:
+        raise BadInput("train.growth and phases: give one of them")
+    pattention = getattr(config.model, "pattention", None)
+    try:
+        phases = growth_phases(train.growth, steps=train.steps, pattention=pattention)
+    except ValueError as error:
+        raise BadInput(f"train.{error}") from None
+    train = dataclasses.replace(train, growth=[])
+    return dataclasses.replace(
+        config, train=train, phases=[PhaseConfig(**phase) for phase in phases]
+    )
 
 
 def load_saved(path: Path) -> RunConfig:
@@ -228,11 +202,3 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
         return
     for key, value in tree.items():
         yield from _leaves(value, (*path, str(key)))
-
-
-def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    out = dict(old)
-    for key, value in new.items():
-        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merged(out[key], value) if nested else value
-    return out

@@ -14,15 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.checkpoint.files import OPTIMIZER, WholeState, save_tensors
+from launch.checkpoint.files import OPTIMIZER, save_tensors
 from launch.checkpoint.shards import MOMENTS, TAG, link_moments, set_whole, write_errors_last
-from launch.run.config import RunConfig
+from launch.checkpoint.state import WholeState
 from launch.run.errors import BadInput
 from launch.run.experts import count_every_expert_once, declare_experts, expert_groups
 from launch.run.optimizer import audit_groups, parameter_groups
-from launch.tasks import Batch, Objective, Task
+from launch.run.sections import RunConfig
+from launch.tasks import Batch, Task
 from parallel.gradients import part, whole
 from parallel.mesh import Mesh
+
+
+class Objective(nn.Module):
+    """Model and task as the one module that a training engine runs: batch -> sum of the loss.
+
+    Engines hook `forward` of their root module (ZeRO 3 gathers weights there), so every forward
+    of a run, training or evaluation, comes through here. Parameters are named `model.…`.
+    """
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model = model
+        self._task = task
+
+    def forward(
+        self, batch: Batch, *, function: Callable[[nn.Module, Batch], Any] | None = None
+    ) -> Any:
+        """`function(model, batch)`, by default the task's loss."""
+        call = self._task.loss_sum if function is None else function
+        return call(self.model, batch)
 
 
 class Engine:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.checkpoint.files import RunState, read_state
+from launch.checkpoint.files import read_state
+from launch.checkpoint.state import RunState
 from launch.run.arguments import parse
-from launch.run.config import RunConfig
 from launch.run.errors import exit_on_bad_input
+from launch.run.sections import RunConfig
 from launch.start import launcher_options
 from parallel.checkpoint import newest_intact
 

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch.run.config import RunConfig
 from launch.run.errors import BadInput
 from launch.run.preflight import starting_checkpoint
+from launch.run.sections import RunConfig
 from parallel.checkpoint import MANIFEST, newest_intact, set_aside_above
 
 ORIGIN = "origin.json"

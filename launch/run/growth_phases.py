@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from launch.run.errors import BadInput
-
-if TYPE_CHECKING:
-    from launch.run.config import RunConfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 SIZES = ("tokens", "ffn_tokens", "output_tokens")
 
@@ -36,26 +31,6 @@ class GrowthConfig:
             raise ValueError(f"step={self.step}: must be at least 1")
         if all(getattr(self, name) is None for name in SIZES):
             raise ValueError(f"step={self.step}: must give a size: {', '.join(SIZES)}")
-
-
-def with_growth(config: RunConfig, make_phase: Callable[..., Any]) -> RunConfig:
-    """A run whose `train.growth` has become phases, made by PhaseConfig.
-
-    Raises:
-        BadInput: it has phases of its own, or what `growth_phases` refuses.
-    """
-    train = config.train
-    if not train.growth:
-        return config
-    if config.phases:
-        raise BadInput("train.growth and phases: give one of them")
-    pattention = getattr(config.model, "pattention", None)
-    try:
-        phases = growth_phases(train.growth, steps=train.steps, pattention=pattention)
-    except ValueError as error:
-        raise BadInput(f"train.{error}") from None
-    train = replace(train, growth=[])
-    return replace(config, train=train, phases=[make_phase(**phase) for phase in phases])
 
 
 def growth_phases(

@@ -22,8 +22,6 @@ from launch.checkpoint.files import (
     OPTIMIZER,
     TASK_STATE,
     WEIGHTS,
-    RunState,
-    WholeState,
     check_moments_fit,
     first_difference,
     read_state,
@@ -36,11 +34,13 @@ from launch.checkpoint.files import (
     write_whole,
 )
 from launch.checkpoint.shards import TAG
-from launch.run.config import RunConfig, load_saved
+from launch.checkpoint.state import RunState, WholeState
+from launch.run.config import load_saved
 from launch.run.engine import Engine
 from launch.run.errors import BadInput
 from launch.run.optimizer import learning_rate_at
 from launch.run.ranks import StopRequest, is_first
+from launch.run.sections import RunConfig
 from launch.tasks import Batch, Task
 from parallel.checkpoint import newest_intact, save_atomically, step_of, together
 from parallel.mesh import Mesh

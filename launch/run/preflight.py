@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from launch.checkpoint.files import check_same_model, find_checkpoint, read_state
-from launch.run.config import RunConfig, load_saved
+from launch.run.config import load_saved
 from launch.run.deepspeed_section import check_deepspeed
 from launch.run.engine import engine_settings
 from launch.run.errors import BadInput
+from launch.run.sections import RunConfig
 from launch.run.writable import check_folder
 from launch.run.zero import check_zero
-from launch.tasks import task_class
+from launch.tasks.registry import task_class
 from parallel.checkpoint import newest_intact
 from parallel.mesh import Mesh, data_degree
 

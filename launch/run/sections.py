@@ -1,15 +1,18 @@
-"""The sections of a configuration that every task shares.
+"""RunConfig, and the sections of a configuration that every task shares.
 
 Fields are documented under "Attributes:"; `--help` prints those lines.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from launch.run.errors import BadInput
 from launch.run.growth_phases import GrowthConfig
+from launch.run.validation import validated
 
 _FORBID = {"extra": "forbid"}
 
@@ -187,3 +190,59 @@ class PhaseConfig:
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     optimizer: Literal["keep", "restart"] = "keep"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a run.
+
+    Attributes:
+        task: what is learnt: language_model, diffusion, or your own as `module:Class`.
+        output: folder of checkpoints, logs and the resolved configuration.
+        phases: a list of phases, see docs/configuration.md; empty: one phase.
+    """
+
+    task: str
+    output: str
+    model: Any
+    data: Any
+    train: TrainConfig
+    parallel: ParallelConfig
+    monitor: MonitorConfig
+    checkpoint: CheckpointConfig
+    deepspeed: dict[str, Any]
+    phases: list[PhaseConfig] = field(default_factory=list)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data: `from_mapping` gives the same RunConfig."""
+        return dataclasses.asdict(self)
+
+    def phase_configs(self) -> list[RunConfig]:
+        """The configuration of each phase; the run itself when it has none.
+
+        Raises:
+            BadInput: when a phase names an unknown key or a wrong value.
+        """
+        if not self.phases:
+            return [self]
+        configs, config = [], self
+        for phase in self.phases:
+            try:
+                # Keys carry over from phase to phase: a model that grew stays grown.
+                for section in ("train", "model", "data"):
+                    changed = getattr(config, section)
+                    keys = _merged(dataclasses.asdict(changed), getattr(phase, section))
+                    section_of_phase = validated(type(changed), keys, section)
+                    config = dataclasses.replace(config, **{section: section_of_phase}, phases=[])
+            except BadInput as error:
+                raise BadInput(f"phase {phase.name}: {error}") from None
+            configs.append(config)
+        return configs
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    out = dict(old)
+    for key, value in new.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if nested else value
+    return out

@@ -13,25 +13,21 @@ phases of a run fits the old state to the new model (`adapt`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adaptive.flops import Work
-from launch.run.errors import BadInput
+from launch.checkpoint.state import WholeState
+from launch.run.sections import RunConfig
 from parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-    from launch.checkpoint.files import WholeState
-    from launch.run.config import RunConfig
-    from launch.run.engine import Engine
 
 Batch = Mapping[str, Tensor]
 """Tensors of some rows, rows first. The loop moves them to the device and gives them to losses,
@@ -40,10 +36,30 @@ but for those that `Task.on_host` names."""
 Sums = dict[str, tuple[Tensor, int]]
 """metric -> (sum over this rank's valid tokens or rows, their count)."""
 
-_TASKS = {
-    "language_model": "launch.tasks.language_model:LanguageModelTask",
-    "diffusion": "launch.tasks.diffusion:DiffusionTask",
-}
+
+class TrainedModel(Protocol):
+    """What a task may ask of the engine that trains its model.
+
+    Attributes:
+        model: from `Task.build_model` (under ZeRO 3 its parameters are empty outside forwards).
+        mesh: how the ranks share it.
+        device: where it is.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    mesh: Mesh
+    device: torch.device
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each parameter once (tied ones under their first name)."""
+
+    def forward(self, batch: Batch, function: Callable[[nn.Module, Batch], Any]) -> Any:
+        """`function(model, batch)` on the device. Collective under ZeRO 3."""
+
+    def train(self, mode: bool = True) -> None:
+        """As the module's."""
 
 
 class Task(ABC):
@@ -128,23 +144,23 @@ class Task(ABC):
         """
         return whole
 
-    def start_phase(self, engine: Engine) -> None:  # noqa: B027
+    def start_phase(self, engine: TrainedModel) -> None:  # noqa: B027
         """The engine holds its weights: make what follows them (an average of the weights)."""
 
-    def after_step(self, engine: Engine, step: int) -> None:  # noqa: B027
+    def after_step(self, engine: TrainedModel, step: int) -> None:  # noqa: B027
         """An optimizer step has been taken. Every rank calls it."""
 
-    def shared_state(self, engine: Engine) -> dict[str, Tensor]:
+    def shared_state(self, engine: TrainedModel) -> dict[str, Tensor]:
         """Full tensors to keep in checkpoints beside the weights, the same whatever the ranks.
 
         Collective; what rank 0 returns is written (task.safetensors).
         """
         return {}
 
-    def load_shared_state(self, engine: Engine, state: dict[str, Tensor]) -> None:  # noqa: B027
+    def load_shared_state(self, engine: TrainedModel, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Take back what `shared_state` gave, at any number of ranks and ZeRO stage."""
 
-    def report(self, engine: Engine, step: int, writer: SummaryWriter | None) -> None:  # noqa: B027
+    def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:  # noqa: B027
         """Write images or texts at an evaluation. Every rank calls it; rank 0 has the writer."""
 
     def sample_command(self, checkpoint: Path) -> str | None:
@@ -161,42 +177,3 @@ def row_generator(seed: int, row: int, *, stream: int = 0) -> np.random.Generato
         stream: keeps apart several uses (order of data, noise, dropped labels).
     """
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, row]))
-
-
-def task_class(name: str) -> type[Task]:
-    """The task of that name, or a user's `module:Class`.
-
-    Raises:
-        BadInput: unknown name, or nothing importable there.
-    """
-    home = _TASKS.get(name, name)
-    module, colon, attribute = home.partition(":")
-    if not colon:
-        raise BadInput(f"task={name}: must be one of {', '.join(_TASKS)}, or module:Class")
-    try:
-        found: Any = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"task={name}: cannot be imported: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, Task)):
-        raise BadInput(f"task={name}: must be a subclass of launch.tasks.Task")
-    return found
-
-
-class Objective(nn.Module):
-    """Model and task as the one module that a training engine runs: batch -> sum of the loss.
-
-    Engines hook `forward` of their root module (ZeRO 3 gathers weights there), so every forward
-    of a run, training or evaluation, comes through here. Parameters are named `model.…`.
-    """
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model = model
-        self._task = task
-
-    def forward(
-        self, batch: Batch, *, function: Callable[[nn.Module, Batch], Any] | None = None
-    ) -> Any:
-        """`function(model, batch)`, by default the task's loss."""
-        call = self._task.loss_sum if function is None else function
-        return call(self.model, batch)

@@ -17,17 +17,15 @@ from adaptive.models.diffusion.model import DiffusionConfig, DiffusionTransforme
 from adaptive.models.diffusion.samplers import sample
 from launch.data.images import ImageConfig, ImageData, tile, to_pixels
 from launch.run.averaging import WeightAverage
-from launch.run.engine import Engine
 from launch.run.errors import BadInput
 from launch.run.ranks import is_first
+from launch.run.sections import RunConfig
 from launch.run.terminal import command
-from launch.tasks import Batch, Sums, Task, row_generator
+from launch.tasks import Batch, Sums, Task, TrainedModel, row_generator
 from parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-    from launch.run.config import RunConfig
 
 AVERAGE = "average."  # of the names of averaged weights in checkpoints
 _VALIDATION_SEED = 20251021
@@ -125,24 +123,24 @@ class DiffusionTask(Task):
         tokens = len(batch["images"]) * self.config.model.tokens
         return {"loss": (self.loss_sum(model, batch), tokens)}
 
-    def start_phase(self, engine: Engine) -> None:
+    def start_phase(self, engine: TrainedModel) -> None:
         average = self.config.data.average
         self._average = WeightAverage(engine, decay=average.decay, warmup=average.warmup)
 
-    def after_step(self, engine: Engine, step: int) -> None:
+    def after_step(self, engine: TrainedModel, step: int) -> None:
         if self._average is not None:
             self._average.update(engine, step)
 
-    def shared_state(self, engine: Engine) -> dict[str, Tensor]:
+    def shared_state(self, engine: TrainedModel) -> dict[str, Tensor]:
         if self._average is None:
             return {}
         return {AVERAGE + name: value for name, value in self._average.gather(engine).items()}
 
-    def load_shared_state(self, engine: Engine, state: dict[str, Tensor]) -> None:
+    def load_shared_state(self, engine: TrainedModel, state: dict[str, Tensor]) -> None:
         if self._average is not None:
             self._average.load(engine, averaged_weights(state))
 
-    def report(self, engine: Engine, step: int, writer: SummaryWriter | None) -> None:
+    def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:
         """A grid of samples of the averaged weights, one row a class."""
         weights = averaged_weights(self.shared_state(engine))
         if writer is None or self.config.model.channels not in (1, 3):

@@ -15,19 +15,17 @@ from torch import Tensor, nn
 from adaptive.flops import Work
 from adaptive.models.decoder.model import Decoder, DecoderConfig
 from adaptive.routing.collapse import FluctuationProbe
+from launch.checkpoint.state import WholeState
 from launch.data.text import Corpus, TextConfig, Tokenizer, open_corpus
 from launch.run.errors import BadInput
+from launch.run.sections import RunConfig
 from launch.run.terminal import command
-from launch.tasks import Batch, Sums, Task
+from launch.tasks import Batch, Sums, Task, TrainedModel
 from launch.tasks.pictures import show_routing
 from parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-    from launch.checkpoint.files import WholeState
-    from launch.run.config import RunConfig
-    from launch.run.engine import Engine
 
 
 class LanguageModelTask(Task):
@@ -97,7 +95,7 @@ class LanguageModelTask(Task):
         losses_T = model.token_losses(batch["input_ids"], batch["targets"])
         return {"loss": (losses_T.sum(), losses_T.numel())}
 
-    def report(self, engine: Engine, step: int, writer: SummaryWriter | None) -> None:
+    def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:
         """Pictures of who computed a held-out text."""
         ids_S = torch.from_numpy(self.corpus.validation_row(0))[:-1].long()
         tokenizer = Tokenizer(self.config.data.tokenizer)

@@ -16,19 +16,17 @@ from adaptive.observe.pictures import (
 )
 from adaptive.routing.collapse import FluctuationProbe, measuring_collapse
 from adaptive.routing.tape import RoutingRecord, RoutingTape
-from launch.tasks import Batch
+from launch.tasks import Batch, TrainedModel
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-    from launch.run.engine import Engine
 
 LONGEST = 288
 """Tokens shown: four lines of a depth map."""
 
 
 def show_routing(
-    engine: Engine,
+    engine: TrainedModel,
     ids_S: Tensor,
     texts: list[str],
     step: int,

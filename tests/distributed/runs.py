@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.checkpoint.files import RunState
-from launch.run.config import RunConfig, from_mapping
+from launch.checkpoint.state import RunState
+from launch.run.config import from_mapping
 from launch.run.engine import Engine
 from launch.run.loop import Loop
 from launch.run.ranks import StopRequest, join_ranks
-from launch.tasks import task_class
+from launch.run.sections import RunConfig
+from launch.tasks.registry import task_class
 from parallel.mesh import Mesh
 
 

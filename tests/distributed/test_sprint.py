@@ -14,15 +14,16 @@ from torch import Tensor
 
 from adaptive.models import DiffusionTransformer
 from adaptive.models.diffusion.samplers import sample
-from launch.checkpoint.files import RunState, read_state
+from launch.checkpoint.files import read_state
+from launch.checkpoint.state import RunState
 from launch.data.images import tile, to_pixels
 from launch.run.averaging import WeightAverage
 from launch.run.config import from_mapping
 from launch.run.engine import Engine
 from launch.run.loop import Loop
 from launch.run.ranks import StopRequest, join_ranks
-from launch.tasks import task_class
 from launch.tasks.diffusion import averaged_weights
+from launch.tasks.registry import task_class
 from parallel.mesh import Mesh
 from tests.ranks import run_ranks
 

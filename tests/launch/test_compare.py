@@ -11,17 +11,12 @@ import pytest
 import torch
 import yaml
 
-from launch.checkpoint.files import (
-    RunState,
-    find_checkpoint,
-    load_model,
-    read_state,
-    write_description,
-)
+from launch.checkpoint.files import find_checkpoint, load_model, read_state, write_description
+from launch.checkpoint.state import RunState
 from launch.compare import Run, finish, held_out_loss, load_comparison, main, plan_runs
 from launch.run.config import save_resolved
 from launch.run.errors import BadInput
-from launch.tasks import task_class
+from launch.tasks.registry import task_class
 from parallel.checkpoint import save_atomically
 from parallel.mesh import Mesh
 from tests.distributed.runs import tiny_config, write_text

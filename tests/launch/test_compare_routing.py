@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from launch.checkpoint.files import RunState, WholeState, write_whole
+from launch.checkpoint.files import write_whole
+from launch.checkpoint.state import RunState, WholeState
 from launch.compare_routing import compare, main, table
-from launch.run.config import RunConfig, from_mapping
+from launch.run.config import from_mapping
 from launch.run.errors import BadInput
-from launch.tasks import task_class
+from launch.run.sections import RunConfig
+from launch.tasks.registry import task_class
 from parallel.checkpoint import save_atomically
 from parallel.mesh import Mesh
 from tests.distributed.runs import tiny_config, write_text

@@ -10,7 +10,8 @@ from torch import nn
 
 from adaptive.models import Decoder
 from launch import generate, train_exit
-from launch.checkpoint.files import RunState, save_tensors, write_description
+from launch.checkpoint.files import save_tensors, write_description
+from launch.checkpoint.state import RunState
 from launch.run.config import from_mapping
 from parallel.checkpoint import save_atomically
 

@@ -10,13 +10,13 @@ import torch
 from adaptive.models import Decoder
 from launch import oracle
 from launch.checkpoint.files import (
-    RunState,
     load_model,
     named_tensors,
     read_state,
     save_tensors,
     write_description,
 )
+from launch.checkpoint.state import RunState
 from launch.conversions import acm as convert_acm
 from launch.conversions import distillation as distill
 from launch.conversions import duo as convert_duo

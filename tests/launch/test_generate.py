@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from adaptive.models import Decoder
-from launch.checkpoint.files import RunState, save_tensors, write_description
+from launch.checkpoint.files import save_tensors, write_description
+from launch.checkpoint.state import RunState
 from launch.data.text import Tokenizer
 from launch.generate import TextWriter, main, streaming_decoder, visible
 from launch.run.config import from_mapping

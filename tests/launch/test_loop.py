@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from launch.checkpoint.files import WEIGHTS, RunState, find_checkpoint, read_state
+from launch.checkpoint.files import WEIGHTS, find_checkpoint, read_state
+from launch.checkpoint.state import RunState
 from launch.run.config import from_mapping
 from launch.run.loop import RunFailed
 from launch.tasks import Batch, row_generator

@@ -13,7 +13,8 @@ from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
 from launch.plan import activation_numbers, main, plan
 from launch.planning.machines import PUBLISHED, with_given
-from launch.run.config import RunConfig, from_mapping
+from launch.run.config import from_mapping
+from launch.run.sections import RunConfig
 from parallel.checks.traffic import Traffic
 from parallel.mesh import Mesh
 from tests.ranks import run_ranks

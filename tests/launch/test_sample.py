@@ -15,7 +15,8 @@ from torch import nn
 from adaptive.models import DiffusionConfig, DiffusionTransformer
 from adaptive.models.diffusion.samplers import SamplingConfig, sample
 from launch import quality
-from launch.checkpoint.files import RunState, save_tensors, write_description
+from launch.checkpoint.files import save_tensors, write_description
+from launch.checkpoint.state import RunState
 from launch.data.images import to_pixels
 from launch.run.config import from_mapping
 from launch.sample import main

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoint.files import RunState, write_description
-from launch.run.config import RunConfig, from_mapping
+from launch.checkpoint.files import write_description
+from launch.checkpoint.state import RunState
+from launch.run.config import from_mapping
 from launch.run.finished import main, unfinished
+from launch.run.sections import RunConfig
 from parallel.checkpoint import save_atomically
 from tests.distributed.runs import tiny_config, write_text
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adaptive.models import Decoder
-from launch.checkpoint.files import RunState, WholeState, load_model, write_whole
+from launch.checkpoint.files import load_model, write_whole
+from launch.checkpoint.state import RunState, WholeState
 from launch.conversions.upcycling import main
 from launch.run.config import from_mapping, load_config
 from launch.run.preflight import check_run, starting_checkpoint

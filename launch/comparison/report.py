@@ -6,12 +6,11 @@ import json
 import platform
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from launch.compare import Comparison
+from launch.comparison.config import Comparison
 
 
 def write_results(comparison: Comparison, outcomes: list[dict[str, Any]]) -> None:
