@@ -12,6 +12,7 @@ from typing import Any
 _HOME = {
     "Assignment": "adaptive.routing.assignment",
     "BatchScope": "adaptive.routing.scope",
+    "Grouping": "adaptive.routing.grouping",
     "HypersphericalRouter": "adaptive.routing.routers",
     "LinearRouter": "adaptive.routing.routers",
     "RoutingRecord": "adaptive.routing.tape",

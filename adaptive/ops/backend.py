@@ -29,6 +29,7 @@ OPERATION_MODULES = (
     "cross_entropy",
     "expert_feed_forward",
     "grouped_linear",
+    "merge",
     "pack",
     "pack_norm",
     "parameter_attention",

@@ -32,6 +32,7 @@ def varlen_attention(
     queries: TokenLayout,
     keys: TokenLayout | None = None,
     causal: bool = True,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of every query to the keys of its own sequence.
 
@@ -44,6 +45,9 @@ def varlen_attention(
         causal: with `keys=None`, a token attends to itself and the tokens before it in the pack;
             with `keys`, to keys whose *position* is not greater than its own. A query with no
             such key gets zeros.
+        key_bias: [keys] or None, finite, differentiable: added to every score of a key. log of a
+            key's size makes attention that of so many equal keys ("proportional attention", ToMe,
+            arXiv 2210.09461, section 3).
 
     Returns:
         [queries, heads, head width], scaled by 1/sqrt(head width).
@@ -52,11 +56,50 @@ def varlen_attention(
         raise ValueError(
             f"heads={q_QHh.shape[1]}: must be a multiple of key-value heads {k_TGh.shape[1]}"
         )
+    if key_bias is not None:
+        width = q_QHh.shape[2]
+        q_QHh, k_TGh, v_TGh = with_key_bias(q_QHh, k_TGh, v_TGh, key_bias)
+        return varlen_attention(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal)[
+            ..., :width
+        ]
     op = "varlen_attention" if keys is None else "varlen_cross_attention"
     function = choose(op, q_QHh).function
     if keys is None:
         return function(q_QHh, k_TGh, v_TGh, layout=queries, causal=causal)
     return function(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal)
+
+
+def with_key_bias(
+    q_QHh: Tensor, k_TGh: Tensor, v_TGh: Tensor, key_bias_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of heads 8 wider, whose attention adds the bias to the scores.
+
+    Exact for every implementation, and the bias travels with its keys between ranks. With
+    h' = h + 8, q' = [q √(h'/h), √h', √h', 0 …], k' = [k, high, low, 0 …], v' = [v, 0 …] have the
+    scores q·k/√h + bias under the scale 1/√h'. High and low are the bias in two numbers of the
+    keys' dtype: one of 16 bits would round log sizes by up to 0.015.
+
+    Returns:
+        Cut the attention's output back to the first h channels.
+    """
+    if key_bias_T.shape != k_TGh.shape[:1]:
+        raise ValueError(
+            f"key_bias of shape {list(key_bias_T.shape)}: must be [{k_TGh.shape[0]}], one a key"
+        )
+    width = q_QHh.shape[2]
+    wider = width + _BIAS_COLUMNS
+    high_T = key_bias_T.to(k_TGh.dtype)
+    low_T = (key_bias_T - high_T.detach().to(key_bias_T.dtype)).detach().to(k_TGh.dtype)
+    q_QHh = F.pad(q_QHh * math.sqrt(wider / width), (0, _BIAS_COLUMNS))
+    ones = torch.zeros(wider, dtype=q_QHh.dtype, device=q_QHh.device)
+    ones[width : width + 2] = math.sqrt(wider)
+    columns_T2 = torch.stack([high_T, low_T], -1)[:, None].expand(-1, k_TGh.shape[1], -1)
+    k_TGh = F.pad(torch.cat([k_TGh, columns_T2], -1), (0, _BIAS_COLUMNS - 2))
+    return q_QHh + ones, k_TGh, F.pad(v_TGh, (0, _BIAS_COLUMNS))
+
+
+# Libraries take head widths that are multiples of 8.
+_BIAS_COLUMNS = 8
 
 
 def _self_reference(

@@ -83,6 +83,7 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
     from adaptive.ops.kernels import (
         expert_feed_forward,
         grouped_linear,
+        merge,
         pack,
         pack_norm,
         parameter_attention,
@@ -107,6 +108,9 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
     for weight, centered in ((draw(width), False), (None, True)):
         run(*pack_norm.pack_norm(draw(64, width), index, weight, 1e-6, centered))
     pairs = torch.arange(32)
+    order, starts = torch.arange(64), torch.arange(0, 65, 4)
+    for share in (None, draw(64).detach()):
+        merge.group_sum(draw(64, width).detach(), share, order, starts)
     run(permute.permute(draw(16, width), pairs, 2))
     run(permute.unpermute(draw(32, width), pairs, draw(16, 2), (16, 2)))
     keys, queries = TokenLayout.from_lengths([64, 64]), TokenLayout.from_lengths([16, 16])
