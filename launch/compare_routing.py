@@ -10,7 +10,6 @@ RUN is the folder of a run (its two newest checkpoints) or one checkpoint (no fl
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -75,7 +74,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         prog="python -m launch.compare_routing",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
     parser.add_argument("--rows", type=int, default=32, help="rows of held-out text (default 32)")

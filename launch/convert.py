@@ -5,7 +5,6 @@ METHOD is one of acm, duo, tokenformer, distillation, upcycling; `METHOD --help`
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib import import_module
 
@@ -19,7 +18,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(
         prog="python -m launch.convert",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("method", choices=METHODS, help="what the checkpoint becomes")
     with exit_on_bad_input():

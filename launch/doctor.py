@@ -7,7 +7,6 @@ Exit status 1 when training cannot work here, 0 otherwise.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -84,7 +83,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser = OneLineParser(
             prog="python -m launch.doctor",
             description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument(
             "--kernels", action="store_true", help="check and time our kernels instead"

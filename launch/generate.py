@@ -40,7 +40,6 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m launch.generate",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument("--prompt", default="def ", help="text to continue; - reads standard input")

@@ -1,6 +1,6 @@
 """Grow the parameter tokens of a TokenFormer checkpoint; its function and its optimizer go on.
 
-    python -m launch.grow runs/small --tokens 128 --ffn_tokens 512 --output runs/large
+    python -m launch.grow runs/small --tokens 128 --ffn-tokens 512 --output runs/large
 
 Works on a checkpoint of any ranks and ZeRO stage, and writes one that any can continue. The
 source is only read. Prints a receipt: the largest change of the logits on held-out data, the
@@ -15,7 +15,6 @@ from pathlib import Path
 if not __package__:  # started as a file: make the project importable
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from launch.checkpoint.files import (
 from launch.checkpoint.state import WholeState
 from launch.run.config import load_saved, save_resolved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.options import check_counts
 from launch.run.sections import RunConfig
 from launch.run.terminal import command
 from launch.run.writable import check_folder
@@ -101,16 +101,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(
         prog="python -m launch.grow",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint, or a run (its newest intact one)")
     for name, what in (
         ("tokens", "the projections"),
-        ("ffn_tokens", "the feed-forwards"),
-        ("output_tokens", "the output projections; default: --tokens"),
+        ("ffn-tokens", "the feed-forwards"),
+        ("output-tokens", "the output projections; default: --tokens"),
     ):
-        both = (f"--{name}", f"--{name.replace('_', '-')}") if "_" in name else (f"--{name}",)
-        parser.add_argument(*both, type=int, metavar="N", help=f"parameter tokens of {what}")
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"parameter tokens of {what}")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the grown run")
     parser.add_argument("--rows", type=int, default=4, help="held-out rows to compare logits on")
     parser.add_argument("--steps", type=int, help="steps of the grown run; default: as before")
@@ -119,10 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with exit_on_bad_input():
         options = parser.parse_args(arguments)
-        for name in ("rows", "steps", "tokens", "ffn_tokens", "output_tokens"):
-            value = getattr(options, name)
-            if value is not None and value < 1:
-                raise BadInput(f"--{name}={value}: must be at least 1")
+        check_counts(options, "rows", "steps", "tokens", "ffn_tokens", "output_tokens")
         receipt = grow_checkpoint(
             options.checkpoint,
             Path(options.output),
@@ -242,7 +237,7 @@ def _wanted(config: RunConfig, **sizes: int | None) -> Any:
     if pattention is None:
         raise BadInput(f"task {config.task}: its model has no model.pattention, so it cannot grow")
     if all(size is None for size in sizes.values()):
-        raise BadInput("give a size: --tokens, --ffn_tokens")
+        raise BadInput("give a size: --tokens, --ffn-tokens")
     try:
         return replace(config.model, pattention=grown_config(pattention, **sizes))
     except ValueError as error:

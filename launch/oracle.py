@@ -27,7 +27,6 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m launch.oracle",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument(

@@ -149,7 +149,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Is a model the same on a mesh as on one rank? Loss, every gradient, the "
         "gradient norm, the clipped update, the weights.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="YAML", help="a recipe")

@@ -362,7 +362,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m launch.plan",
         description="Memory, communication and time of a run on every mesh of so many GPUs.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="a recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe")

@@ -177,7 +177,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m launch.quality",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Without --guidance, path-drop and classifier-free guidance are both measured.",
     )
     add_sampling_options(parser)

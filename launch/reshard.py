@@ -132,7 +132,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m launch.reshard",
         description="Turn a checkpoint of any ranks, mesh and ZeRO stage into one for any others.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint, or a run's folder for its newest")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")

@@ -189,7 +189,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m launch.sample",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Options left out are those of the run's section data.sampling.",
     )
     add_sampling_options(parser)

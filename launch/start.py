@@ -27,7 +27,7 @@ import torch
 
 from launch.run.arguments import Parsed, parse
 from launch.run.engine import batch_split
-from launch.run.errors import BadInput, exit_on_bad_input
+from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.preflight import check_run, meta_model
 from launch.run.ranks import free_port
 from parallel.mesh import data_degree
@@ -236,13 +236,13 @@ def _slots(path: Path) -> list[int]:
 
 
 def launcher_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = OneLineParser(add_help=False)
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="ranks to start; default: one a GPU, 2 without GPUs"
     )
     parser.add_argument("--port", type=int, help="port that ranks meet at; default: a free one")
     parser.add_argument("--hostfile", metavar="FILE", help="several nodes: lines `HOST slots=N`")
-    parser.add_argument("--dry_run", action="store_true", help="check and say what would run")
+    parser.add_argument("--dry-run", action="store_true", help="check and say what would run")
     return parser
 
 

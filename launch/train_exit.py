@@ -33,7 +33,6 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m launch.train_exit",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument("--exit-layer", type=int, default=2, help="layers that draft")

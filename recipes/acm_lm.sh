@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a dense decoder, turn its feed-forwards into rows of learners, fine-tune: three commands.
-#   recipes/acm_lm.sh [--ranks N] [--hostfile FILE] [--dry_run] [section.key=value …]
+#   recipes/acm_lm.sh [--ranks N] [--hostfile FILE] [--dry-run] [section.key=value …]
 # Arguments go to both trainings. output= (or OUTPUT) names the folder of the runs, by default
 # runs/acm_lm. Finished stages are not repeated; a stage that was stopped ends the script.
 # PYTHON names the interpreter.
@@ -15,7 +15,7 @@ dry_run=
 for word in "$@"; do
   case "$word" in
     -h | --help) exec "$python" -m launch.start --config "$recipe" "$@" ;;
-    --dry_run) dry_run=yes ;;
+    --dry-run | --dry_run) dry_run=yes ;;
     output=*) output="${word#output=}" ;;
   esac
 done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Linear against hyperspherical routing, 3 seeds each, then the table of docs/mixture_of_experts.md.
-#   recipes/compare_routers.sh [--dry_run] [section.key=value …]
+#   recipes/compare_routers.sh [--dry-run] [section.key=value …]
 # Writes docs/results/routers_{moe,xmoe}_lm.json when all six runs are finished. Continues where it
 # was stopped. output= names the folder of the runs, by default runs/compare_routers.
 # PYTHON names the interpreter; by default .venv's, else python3.
@@ -20,7 +20,7 @@ dry_run=
 for word in "$@"; do
   case "$word" in
     -h | --help) exec "$python" -m launch.train --config recipes/moe_lm.yaml "${small[@]}" "$@" ;;
-    --dry_run) dry_run=yes ;;
+    --dry-run | --dry_run) dry_run=yes ;;
     output=*) output="${word#output=}" ;;
     train.seed=*) echo "error: $word: must be left out; seeds 0, 1 and 2 are compared" >&2; exit 2 ;;
   esac

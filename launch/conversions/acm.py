@@ -30,7 +30,7 @@ from launch.data.text import Corpus
 from launch.grow import check_output
 from launch.run.config import save_resolved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
-from launch.run.options import check_positive
+from launch.run.options import check_counts, check_positive
 from launch.run.sections import RunConfig
 from launch.run.terminal import command
 from parallel.checkpoint import save_atomically
@@ -40,7 +40,6 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m launch.convert acm",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument("--output", required=True, help="folder of the run to come")
@@ -67,10 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load, convert, distil, train gates, write."""
-    for name in ("learners", "distil_steps", "gate_steps", "batch_size", "rows"):
-        if getattr(options, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise BadInput(f"{flag}={getattr(options, name)}: must be at least 1")
+    check_counts(options, "learners", "distil_steps", "gate_steps", "batch_size", "rows")
     check_positive(options, "learning_rate")
     if not 0 < options.label_threshold <= 1:
         raise BadInput(f"--label-threshold={options.label_threshold}: must be in (0, 1]")

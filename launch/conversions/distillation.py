@@ -1,6 +1,6 @@
 r"""Turn a trained dense decoder into a TokenFormer: every layer learns what it replaces.
 
-    python -m launch.convert distillation runs/dense --tokens 384 --ffn_tokens 1024 \
+    python -m launch.convert distillation runs/dense --tokens 384 --ffn-tokens 1024 \
         --output runs/tokenformer
 
 Projections and feed-forwards become Pattention, each fitted to its predecessor's inputs and
@@ -86,7 +86,7 @@ def distill_checkpoint(
             print(report, flush=True)
             reports.append(report)
     except ValueError as error:
-        raise BadInput(f"--max_tokens={fitting.max_tokens}: {error}") from None
+        raise BadInput(f"--max-tokens={fitting.max_tokens}: {error}") from None
     model.config = successor
     after = held_out_loss(model, task)
     checkpoint = _write(model, config, successor, output)
@@ -162,22 +162,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m launch.convert distillation",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a dense checkpoint, or a run (its newest intact one)")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the new run")
     parser.add_argument(
         "--tokens", type=int, required=True, help="parameter tokens of the projections"
     )
+    parser.add_argument("--ffn-tokens", type=int, required=True, help="of the feed-forwards")
     parser.add_argument(
-        "--ffn_tokens", "--ffn-tokens", type=int, required=True, help="of the feed-forwards"
-    )
-    parser.add_argument(
-        "--output_tokens",
         "--output-tokens",
         type=int,
         help="of the output projections; default: --tokens",
     )
     parser.add_argument("--steps", type=int, default=300, help="of each layer's training")
-    parser.add_argument("--max_tokens", type=int, default=8192, help="that each layer learns from")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="that each layer learns from")
     return parser

@@ -26,6 +26,7 @@ from launch.conversions.acm import training_rows, write
 from launch.data.text import Corpus
 from launch.grow import check_output
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.options import check_counts
 from launch.run.terminal import command
 
 
@@ -33,7 +34,6 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m launch.convert duo",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
     parser.add_argument("--output", required=True, help="folder of the run to come")
@@ -52,10 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load, convert, write."""
-    for name in ("batch_size", "rows"):
-        if getattr(options, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise BadInput(f"{flag}={getattr(options, name)}: must be at least 1")
+    check_counts(options, "batch_size", "rows")
     source, output = find_checkpoint(options.checkpoint), Path(options.output)
     check_output(output, source)
     teacher, config = load_model(source)

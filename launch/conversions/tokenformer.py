@@ -1,6 +1,6 @@
 r"""TokenFormer checkpoints from and to their published form.
 
-    python -m launch.convert tokenformer load weights.safetensors --num_heads 12 \
+    python -m launch.convert tokenformer load weights.safetensors --num-heads 12 \
         --output runs/150M
     python -m launch.convert tokenformer save runs/tokenformer_lm weights.safetensors
 
@@ -11,7 +11,6 @@ run's weights under their published names.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,12 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(
         prog="python -m launch.convert tokenformer",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     load = commands.add_parser("load", help="begin a run with published weights")
     load.add_argument("weights", help="file of published weights")
-    load.add_argument("--num_heads", "--num-heads", type=int, required=True)
+    load.add_argument("--num-heads", type=int, required=True)
     load.add_argument("--config", metavar="YAML", help="recipe of everything but the model")
     load.add_argument("--output", required=True, metavar="DIR", help="folder of the run")
     save = commands.add_parser("save", help="write a run's weights under published names")

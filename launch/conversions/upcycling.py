@@ -45,7 +45,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         prog="python -m launch.convert upcycling",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("source", help="a run, a checkpoint, or a directory of transformers")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")

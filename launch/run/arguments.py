@@ -43,15 +43,15 @@ def parse(
         BadInput: one line that names the value and the rule.
     """
     parents = [] if launcher is None else [launcher]
-    parser = OneLineParser(prog=program, parents=parents, add_help=False, allow_abbrev=False)
+    parser = OneLineParser(prog=program, parents=parents, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="this text")
     parser.add_argument(
         "--config", metavar="YAML", help="recipe to train, e.g. recipes/mod_lm.yaml"
     )
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="laid over section deepspeed")
+    parser.add_argument("--deepspeed-config", metavar="JSON", help="laid over section deepspeed")
     # What launchers add to every rank's command line.
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="set a key of the configuration"
     )
@@ -66,7 +66,7 @@ def parse(
     if options.deepspeed_config is not None:
         laid = _read_json(Path(options.deepspeed_config))
         config = dataclasses.replace(config, deepspeed=_merged(config.deepspeed, laid))
-        words += ["--deepspeed_config", options.deepspeed_config]
+        words += ["--deepspeed-config", options.deepspeed_config]
     return Parsed(config, options, words)
 
 
@@ -168,11 +168,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInput(f"--deepspeed_config={path}: {error.strerror}") from None
+        raise BadInput(f"--deepspeed-config={path}: {error.strerror}") from None
     except ValueError as error:
-        raise BadInput(f"--deepspeed_config={path}: not valid JSON: {error}") from None
+        raise BadInput(f"--deepspeed-config={path}: not valid JSON: {error}") from None
     if not isinstance(found, dict):
-        raise BadInput(f"--deepspeed_config={path}: must be a JSON object")
+        raise BadInput(f"--deepspeed-config={path}: must be a JSON object")
     return found
 
 

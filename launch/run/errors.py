@@ -1,35 +1,82 @@
-"""BadInput: what the user gave is wrong; said in one line, exit code 2."""
+"""How programs read a command line and end: 0 done, 2 bad input, anything else a failure."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class BadInput(ValueError):  # noqa: N818 -- named for what it says to the user
     """A value that the user gave breaks a rule. The message is one line: `value: rule`."""
 
 
+class Failed(RuntimeError):  # noqa: N818 -- named for what it says to the user
+    """The work cannot be done, or not to its end. The message is one line for the user."""
+
+
 @contextmanager
 def exit_on_bad_input(*, speak: bool = True) -> Iterator[None]:
-    """End the program with exit code 2 and the one line, without a traceback.
+    """End the program with exit code 2 for BadInput, 1 for Failed: one line, no traceback.
 
     Args:
         speak: False on ranks whose error rank 0 prints as well.
     """
     try:
         yield
-    except BadInput as error:
+    except (BadInput, Failed) as error:
         if speak:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
+
+
+def program(main: Callable[[list[str] | None], int | None]) -> Callable[..., None]:
+    """The `main` of a program, which ends as every other.
+
+    Args:
+        main: takes the words after the program's name (None: those of this process) and returns
+            an exit code (None: 0).
+    """
+
+    @functools.wraps(main)
+    def run(arguments: list[str] | None = None) -> None:
+        with exit_on_bad_input():
+            code = main(arguments)
+        if code:
+            raise SystemExit(code)
+
+    return run
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong command line as every other bad input: one line, exit code 2."""
+    """The parser of every program: a wrong command line is bad input, and so one line.
+
+    Options are spelt with hyphens, in full; underscores in their names are taken for hyphens.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        given.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**{**given, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise BadInput(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(self._with_hyphens(args), namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_intermixed_args(self._with_hyphens(args), namespace)
+
+    def _with_hyphens(self, words: Sequence[str] | None) -> list[str]:
+        words = list(sys.argv[1:] if words is None else words)
+        for place, word in enumerate(words):
+            if word == "--":
+                break
+            name, equals, value = word.partition("=")
+            hyphens = name.replace("_", "-")
+            if name.startswith("--") and hyphens in self._option_string_actions:
+                words[place] = hyphens + equals + value
+        return words

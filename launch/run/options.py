@@ -33,14 +33,14 @@ def check_seed(seed: int) -> None:
 
 
 def check_counts(options: argparse.Namespace, *names: str) -> None:
-    """Refuse options below 1.
+    """Refuse options that are given and below 1.
 
     Raises:
         BadInput: names the first.
     """
     for name in names:
         value = getattr(options, name)
-        if value < 1:
+        if value is not None and value < 1:
             raise BadInput(f"--{name.replace('_', '-')}={value}: must be at least 1")
 
 

@@ -161,7 +161,7 @@ def test_what_cannot_be_converted_is_one_line(
     assert "model.sized_feed_forward and pattention: give one of them" in line
     dense = run_folder(tmp_path)
     line = refusal(capsys, distill, dense, "--output", out, *SIZES, "--max_tokens", 3)
-    assert line == "error: --max_tokens=3: 3 tokens: must be at least 5, a fifth is held out"
+    assert line == "error: --max-tokens=3: 3 tokens: must be at least 5, a fifth is held out"
     (tmp_path / "routed").mkdir()
     routed = run_folder(tmp_path / "routed", mixture_of_depths={"capacity": 0.5})
     for program in (convert_acm, convert_duo):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from launch.run.errors import BadInput, OneLineParser
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(
@@ -44,6 +47,26 @@ def test_help_begins_with_what_one_types(program: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_unknown_option_is_one_line(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, program, "--no-such-option").startswith("error: ")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_options_are_spelt_with_hyphens(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        import_module(f"launch.{program}").main(["--help"])
+    assert not re.findall(r"--\w+_\w+", capsys.readouterr().out.split("deepspeed.*")[0])
+
+
+def test_underscores_are_taken_for_hyphens_and_options_are_not_abbreviated() -> None:
+    parser = OneLineParser()
+    parser.add_argument("--num-heads", type=int)
+    parser.add_argument("words", nargs="*")
+    for words in (["--num_heads", "4"], ["--num_heads=4"], ["--num-heads", "4"]):
+        assert parser.parse_args(words).num_heads == 4
+    mixed = parser.parse_intermixed_args(["a_b=1", "--num_heads", "4", "c_d"])
+    assert (mixed.num_heads, mixed.words) == (4, ["a_b=1", "c_d"])
+    assert parser.parse_args(["--", "--num_heads"]).words == ["--num_heads"]
+    with pytest.raises(BadInput, match="unrecognized arguments: --num=4"):
+        parser.parse_args(["--num=4"])
 
 
 @pytest.mark.parametrize(

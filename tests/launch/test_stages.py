@@ -52,7 +52,7 @@ for word in "$@"; do
   case "$word" in output=*) folder="${word#output=}" ;; esac
 done
 case "$2 $*" in
-  *--help* | *--dry_run*) ;;
+  *--help* | *--dry[-_]run*) ;;
   launch.run.finished*) exit "$STOPPED" ;;
   launch.convert*) mkdir -p "${*: -1}/checkpoints" ;;
   *) mkdir -p "$folder/checkpoints/step-1"
@@ -126,7 +126,7 @@ def test_help_and_dry_run_train_and_write_nothing(script: Script) -> None:
     assert script("acm_lm.sh", "--dry_run", "output=it") == (0, plans)
     assert script("compare_routers.sh", "--help") == (0, ["launch.train --help"])
     plans = ["launch.start output=it/moe_lm-0", "launch.start output=it/xmoe_lm-0"]
-    assert script("compare_routers.sh", "--dry_run", "output=it") == (0, plans)
+    assert script("compare_routers.sh", "--dry-run", "output=it") == (0, plans)
     assert not (script.folder / "it").exists()
 
 
