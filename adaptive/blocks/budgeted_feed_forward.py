@@ -11,6 +11,7 @@ from torch import nn
 
 from adaptive.routing.density import Target
 from adaptive.routing.gumbel import GumbelSchedule
+from adaptive.routing.schedules import listed_layers
 from parallel.mesh import Mesh
 
 
@@ -43,6 +44,16 @@ class BudgetedFeedForwardConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value}: must be 0 or more")
+
+    def routed_layers(self, num_layers: int) -> list[int]:
+        """The layers that have the block.
+
+        Raises:
+            ValueError: if a listed layer does not exist, or none is listed.
+        """
+        if isinstance(self.layers, str):
+            return list(range(num_layers))
+        return listed_layers(self.layers, num_layers, key="layers")
 
     def feed_forward(
         self,

@@ -13,6 +13,7 @@ from adaptive.blocks.mixture_of_experts import ExpertsChoice, MixtureOfExperts
 from adaptive.ops.expert_feed_forward import Activation, check_activation
 from adaptive.routing.hyperspherical import Gate, HypersphericalRouter
 from adaptive.routing.routers import LinearRouter
+from adaptive.routing.schedules import listed_layers
 from adaptive.routing.token_choice import ExpertGroups
 from parallel.mesh import Mesh
 
@@ -82,16 +83,17 @@ class MixtureOfExpertsConfig:
         """The layers that have experts.
 
         Raises:
-            ValueError: if a listed layer does not exist.
+            ValueError: if a listed layer does not exist, or no layer has experts.
         """
         if self.schedule == "all":
             return list(range(num_layers))
         if isinstance(self.schedule, int):
+            if self.schedule > num_layers:
+                raise ValueError(
+                    f"schedule={self.schedule}: must be at most {num_layers}, the layers"
+                )
             return list(range(self.schedule - 1, num_layers, self.schedule))
-        outside = [layer for layer in self.schedule if not 0 <= layer < num_layers]
-        if outside:
-            raise ValueError(f"expert layer {outside[0]}: must be between 0 and {num_layers - 1}")
-        return sorted(self.schedule)
+        return listed_layers(self.schedule, num_layers, key="schedule")
 
     def feed_forward(
         self,

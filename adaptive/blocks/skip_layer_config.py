@@ -58,6 +58,7 @@ class SkipLayerConfig:
             schedule=self.layers,
             floor=self.floor,
             dense_above=self.dense_above,
+            key="layers",
         )
 
     def wrap(

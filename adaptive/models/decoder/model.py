@@ -125,18 +125,24 @@ class DecoderConfig:
             raise ValueError(f"rotary_fraction={self.rotary_fraction}: must be in [0, 1]")
         if self.norm not in ("rms", "parameter_free"):
             raise ValueError(f"norm={self.norm!r}: must be rms or parameter_free")
-        if self.mixture_of_depths is not None:
-            self.mixture_of_depths.capacities(self.num_layers)
-        if self.mixture_of_experts is not None:
-            self.mixture_of_experts.routed_layers(self.num_layers)
-        if self.skip_layer is not None:
-            self.skip_layer.densities(self.num_layers)
-            if self.mixture_of_depths is not None:
-                raise ValueError("mixture_of_depths and skip_layer: give one of them")
+        self._check_layers()
+        if self.skip_layer is not None and self.mixture_of_depths is not None:
+            raise ValueError("mixture_of_depths and skip_layer: give one of them")
         for name in ("sized_feed_forward", "adaptive_computation"):
             others = [other for other in _FEED_FORWARDS if getattr(self, other) and other != name]
             if getattr(self, name) is not None and others:
                 raise ValueError(f"{name} and {others[0]}: give one of them")
+
+    def _check_layers(self) -> None:
+        """Raise ValueError, naming the section, where its layers are not the model's."""
+        for name in ("mixture_of_depths", "skip_layer", *_FEED_FORWARDS[1:]):
+            section = getattr(self, name)
+            for layers in ("capacities", "densities", "routed_layers"):
+                if hasattr(section, layers):
+                    try:
+                        getattr(section, layers)(self.num_layers)
+                    except ValueError as error:
+                        raise ValueError(f"{name}.{error}") from None
 
     @property
     def kv_heads(self) -> int:

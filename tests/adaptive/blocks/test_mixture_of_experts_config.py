@@ -73,7 +73,7 @@ def test_bad_configs_are_one_clear_line(options: dict[str, Any], message: str) -
 
 
 def test_a_layer_that_does_not_exist_is_one_clear_line() -> None:
-    with pytest.raises(ValueError, match="expert layer 7: must be between 0 and 3"):
+    with pytest.raises(ValueError, match=r"schedule=.*: layer 7 must be between 0 and 3"):
         DecoderConfig(num_layers=4, mixture_of_experts=MixtureOfExpertsConfig(schedule=[7]))
 
 
