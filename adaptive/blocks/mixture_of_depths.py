@@ -138,7 +138,7 @@ class MixtureOfDepths(nn.Module):
             The shape and dtype of `hidden`.
         """
         hidden_TD, layout, valid_T = flatten_tokens(hidden, layout, token_mask)
-        refuse_cache(inner_kwargs, layout)
+        refuse_cache(self.block, inner_kwargs, layout)
         routed_TD = without_padding(hidden_TD, valid_T)
         logits_T = self.router(routed_TD).squeeze(-1)
         causal_logits_T = self._causal_logits(routed_TD, logits_T)

@@ -163,7 +163,7 @@ class SkipLayer(nn.Module):
             The shape and dtype of `hidden`.
         """
         flat, layout, valid = flatten_tokens(hidden, layout, token_mask)
-        refuse_cache(inner_kwargs, layout)
+        refuse_cache(self.block, inner_kwargs, layout)
         if valid is None:
             return self._forward_packed(flat, layout, None, inner_kwargs).view_as(hidden)
         source_layout, mask = layout, valid

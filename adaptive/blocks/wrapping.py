@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive.blocks.chosen_attention import attention_mask_of, causal_attention
 from adaptive.ops.pack import combine_, pack
 from adaptive.routing.layout import TokenLayout, valid_tokens
 
@@ -61,17 +62,23 @@ def run_block(block: nn.Module, packed_RD: Tensor, layout: TokenLayout, **kwargs
     gets `[B, K, D]`: one row a sequence, its tokens in original order, zeros on the right where a
     sequence has fewer (see `to_rows`). Zeros on the right cannot reach earlier tokens of a causal
     block; a bidirectional block on ragged selections needs its own mask (override `inner`). A block
-    that returns a tuple, as those of `transformers` may, is taken at its first element.
+    that returns a tuple, as those of `transformers` may, is taken at its first element. A causal
+    layer of `transformers` that is given `attention_mask=None` gets the mask of the chosen tokens,
+    by their original positions, for the attention that it was made with: see `attention_mask_of`.
 
     Raises:
         ValueError: if the block returns anything but hidden states of the shape that it was given,
-            or changes them in place.
+            or changes them in place; if its attention cannot be told what the chosen tokens see.
     """
     version = _version(packed_RD)
     if getattr(block, "takes_packed", False):
         given, output = packed_RD, block(packed_RD, layout=layout, **kwargs)
     else:
         given = to_rows(packed_RD, layout)
+        attention = causal_attention(block)
+        if attention is not None and kwargs.get("attention_mask") is None:
+            rows_BK = (to_rows(layout.positions[:, None], layout)[..., 0], _filled(layout))
+            kwargs["attention_mask"] = attention_mask_of(attention, *rows_BK, given.dtype)
         output = block(given, **kwargs)
     output = output[0] if isinstance(output, tuple) and output else output
     name = type(block).__name__
@@ -113,6 +120,14 @@ def from_rows(rows_BKX: Tensor, layout: TokenLayout) -> Tensor:
     return pack(rows_BKX.flatten(0, 1), _places(layout))
 
 
+def _filled(layout: TokenLayout) -> Tensor | None:
+    """bool [B, K]: where the rows of `to_rows` hold a token; None: everywhere."""
+    if layout.uniform and layout.max_seqlen:
+        return None
+    columns = torch.arange(max(layout.max_seqlen, 1), device=layout.cu_seqlens.device)
+    return columns < layout.cu_seqlens.diff()[:, None]
+
+
 def _places(layout: TokenLayout) -> Tensor:
     """int64 [R]: where each token lies among the flattened rows."""
     sequence_R = layout.sequence_ids
@@ -128,18 +143,25 @@ def _version(tensor: Tensor) -> int:
     return tensor._version
 
 
-def refuse_cache(kwargs: dict[str, Any], layout: TokenLayout) -> None:
+def refuse_cache(block: nn.Module, kwargs: dict[str, Any], layout: TokenLayout) -> None:
     """A cache of `transformers` would hold chosen tokens, and zeros, as if they were the text.
 
-    One that is made for this forward alone, as in training, holds no more than its tokens.
+    One that is made for this forward alone, as in training, holds no more than its tokens, and
+    nothing yet of the wrapped layer.
 
     Args:
-        kwargs: what the wrapper was given for its block.
+        block: the wrapped layer.
+        kwargs: what the wrapper was given for it.
         layout: of all tokens of this forward.
     """
     cache = kwargs.get("past_key_values")
-    held = 0 if cache is None else int(cache.get_seq_length())
-    if held > layout.max_seqlen:
+    if cache is None:
+        return
+    attention = causal_attention(block)
+    index = None if attention is None else getattr(attention, "layer_idx", None)
+    own = 0 if index is None else int(cache.get_seq_length(index))
+    held = max(own, int(cache.get_seq_length()))
+    if own or held > layout.max_seqlen:
         raise ValueError(
             f"past_key_values of {held} tokens: a wrapped layer cannot continue from a cache that "
             "is not its own; call the model with use_cache=False"
