@@ -1,9 +1,8 @@
-"""Installation of adaptive-transformers: `pip install .` needs torch alone."""
+"""Which packages are installed, and where they must not be; all else is in pyproject.toml."""
 
 import sys
 import sysconfig
 from importlib.metadata import distributions
-from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -32,39 +31,12 @@ def refuse_to_overwrite() -> None:
 refuse_to_overwrite()
 
 setup(
-    name=NAME,
-    version="0.1.0",
-    description="Distributed training of sparse and adaptive-compute transformers",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.10",
-    packages=find_packages(include=[f"{n}*" for n in IMPORT_NAMES]),
-    install_requires=["torch>=2.11"],
-    extras_require={
-        "train": [
-            "deepspeed>=0.19",
-            "megatron-core>=0.16",
-            "tensorboard>=2.20",
-            "ninja",
-            "pydantic>=2.11",
-            "omegaconf>=2.3",
-            "rich>=14",
-            "safetensors>=0.5",
-            "matplotlib>=3.10",
-            "scikit-learn>=1.6",
-            "pillow>=11",
-        ],
-        "gpu": ["triton>=3.6", "flash-attn>=2.7"],
-        "dev": [
-            "pytest>=8",
-            "pytest-timeout>=2.3",
-            "hypothesis>=6",
-            "liger-kernel>=0.8",
-            "transformers>=5",
-            "ruff>=0.14",
-            "mypy>=1.18",
-            "pre-commit>=4",
-        ],
+    # Recipes lie at the top of a checkout; installed, in a package that nobody else has.
+    packages=[*find_packages(include=[f"{n}*" for n in IMPORT_NAMES]), "launch.recipes"],
+    package_dir={"launch.recipes": "recipes"},
+    package_data={
+        **{name: ["py.typed"] for name in IMPORT_NAMES},
+        "launch.recipes": ["*.yaml", "deepspeed/*.json"],
     },
+    include_package_data=False,
 )

@@ -31,6 +31,7 @@ from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.folder import free_name, only_run_in
 from launch.run.options import check_counts, refuse_empty_values
 from launch.run.preflight import check_run, meta_model
+from launch.run.recipes import recipe_file
 from launch.run.sections import RunConfig
 from launch.run.writable import write_text_whole
 from launch.tasks import Task
@@ -59,15 +60,16 @@ class Run:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m launch.compare", description=__doc__)
-    parser.add_argument("comparison", help="YAML file, e.g. recipes/compare_isoflop.yaml")
+    parser.add_argument("comparison", help="YAML file, or a name: compare_isoflop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("overrides", nargs="*", help="keys of the comparison, as key=value")
     with exit_on_bad_input():
         options = parser.parse_intermixed_args(arguments)
         check_counts(options, "jobs", "threads")
-        comparison = load_comparison(Path(options.comparison), options.overrides)
-        runs = plan_runs(comparison, Path(options.comparison).parent)
+        path = recipe_file(options.comparison)
+        comparison = load_comparison(path, options.overrides)
+        runs = plan_runs(comparison, path.parent)
     with ThreadPoolExecutor(options.jobs) as pool:
         outcomes = list(pool.map(lambda run: finish(run, threads=options.threads), runs))
     failed = [run for run, outcome in zip(runs, outcomes, strict=True) if outcome is None]

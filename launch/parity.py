@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="YAML", help="a recipe")
+    what.add_argument("--config", metavar="YAML", help="a file, or a recipe's name")
     what.add_argument("--subject", metavar="MODULE:FUNCTION", help="a model of your own")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
     parser.add_argument("--meshes", nargs="+", required=True, metavar="MESH", help="see below")

@@ -363,7 +363,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Memory, communication and time of a run on every mesh of so many GPUs.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--config", required=True, metavar="YAML", help="a recipe")
+    parser.add_argument(
+        "--config", required=True, metavar="YAML", help="a file, or a recipe's name"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
     parser.add_argument("--gpus", type=int, required=True, help="ranks")
     parser.add_argument("--meshes", nargs="+", metavar="MESH", help="only these")

@@ -15,6 +15,7 @@ from typing import Any
 from launch.run.config import SECTIONS, load_config
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import refuse_empty_values
+from launch.run.recipes import deepspeed_file, recipe_file
 from launch.run.sections import RunConfig
 from launch.run.validation import dataclass_in
 from launch.tasks.registry import task_class
@@ -46,27 +47,37 @@ def parse(
     parser = OneLineParser(prog=program, parents=parents, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="this text")
     parser.add_argument(
-        "--config", metavar="YAML", help="recipe to train, e.g. recipes/mod_lm.yaml"
+        "--config", metavar="YAML", help="what to train: a file, or the name of a recipe"
     )
-    parser.add_argument("--deepspeed-config", metavar="JSON", help="laid over section deepspeed")
+    parser.add_argument(
+        "--deepspeed-config",
+        metavar="JSON",
+        help="laid over section deepspeed: a file, or a name of recipes/deepspeed",
+    )
     # What launchers add to every rank's command line.
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="set a key of the configuration"
+        "overrides",
+        nargs="*",
+        metavar="[recipe] section.key=value",
+        help="--config, if not given; keys of the configuration to set",
     )
     options = parser.parse_intermixed_args(arguments)
+    if options.config is None and options.overrides and "=" not in options.overrides[0]:
+        options.config = options.overrides.pop(0)
     if options.help:
         print(parser.format_help() + "\n" + describe(options.config, options.overrides))
         raise SystemExit(0)
     refuse_empty_values(options.overrides)
-    words = [] if options.config is None else ["--config", options.config]
+    # Ranks are told files: a name may mean another one where they stand.
+    words = [] if options.config is None else ["--config", str(recipe_file(options.config))]
     words += options.overrides
     config = load_config(options.config, options.overrides)
     if options.deepspeed_config is not None:
-        laid = _read_json(Path(options.deepspeed_config))
-        config = dataclasses.replace(config, deepspeed=_merged(config.deepspeed, laid))
-        words += ["--deepspeed-config", options.deepspeed_config]
+        file = deepspeed_file(options.deepspeed_config)
+        config = dataclasses.replace(config, deepspeed=_merged(config.deepspeed, _read_json(file)))
+        words += ["--deepspeed-config", str(file)]
     return Parsed(config, options, words)
 
 

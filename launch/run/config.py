@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.run.errors import BadInput
 from launch.run.growth_phases import growth_phases
+from launch.run.recipes import recipe_file
 from launch.run.sections import (
     CheckpointConfig,
     MonitorConfig,
@@ -46,21 +47,22 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     """Read a recipe, apply overrides, check everything that can be checked without data.
 
     Args:
-        path: a YAML file; None: the defaults.
+        path: a YAML file, or the name of a recipe; None: the defaults.
         overrides: `section.key=value` or `phases[0].section.key=value`, values in YAML notation.
 
     Raises:
         BadInput: one line that names the value and the rule; also for an override that no phase
             leaves in force.
     """
-    tree = {} if path is None else _read_yaml(Path(path))
+    path = None if path is None else recipe_file(path)
+    tree = {} if path is None else _read_yaml(path)
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise BadInput(f"{override!r}: must be section.key=value")
         tree = _override(tree, override)
     _check_in_force(tree, overrides)
-    tree.setdefault("output", f"runs/{Path(path).stem if path is not None else 'default'}")
+    tree.setdefault("output", f"runs/{path.stem if path is not None else 'default'}")
     return from_mapping(tree)
 
 
