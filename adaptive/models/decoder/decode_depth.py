@@ -16,6 +16,7 @@ from adaptive.models.decoder.generate import (
     Sampling,
     check_prompts,
     check_whole,
+    going_on,
     non_causal_layers,
 )
 from adaptive.models.decoder.model import Decoder
@@ -114,7 +115,8 @@ def generate_at_depth(
         model: in evaluation mode, routed causally.
         prompts: token ids, at least one each.
         schedule: layers of each generated position.
-        max_new_tokens: tokens to draw for each sequence.
+        max_new_tokens: tokens to draw for each sequence, which also ends at the model's
+            `max_seq_len`, whatever those beside it do.
         sampling: how to draw; by default from the model's own distribution.
         generator: of the draws, on the model's device.
         vocab_size: ids from here on are never drawn.
@@ -132,24 +134,29 @@ def generate_at_depth(
         )
     check_whole(model)
     refuse_non_causal(model)
-    longest = check_prompts(model, prompts)
+    check_prompts(model, prompts)
     sampling = Sampling() if sampling is None else sampling
     device = model.embedding.weight.device
     cache = Cache(model, len(prompts))
     every = list(range(len(model.layers)))
     rows: list[list[int]] = [list(prompt) for prompt in prompts]
     drawn: list[list[int]] = [[] for _ in prompts]
-    for position in range(min(max_new_tokens, model.config.max_seq_len - longest + 1)):
+    for position in range(max_new_tokens):
+        going = going_on(model, prompts, drawn)
+        if not going:
+            break
+        rows = [row if index in going else [] for index, row in enumerate(rows)]
         lengths = [len(row) for row in rows]
         ids_T = torch.tensor([token for row in rows for token in row]).to(device)
         # The prompt gives the logits of position 0; its keys are needed in every layer.
         layers = every if position == 0 else schedule.layers(position)
         layout = cache.next_positions(TokenLayout.from_lengths(lengths, device))
         hidden_TD = run_layers(model, model.embedding(ids_T), layout, layers, cache)
-        last_BD = hidden_TD[torch.tensor(lengths).to(device).cumsum(0) - 1]
-        logits_BV = model.output(model.norm(last_BD))[:, :vocab_size]
-        for tokens, token in zip(drawn, sampling.draw(logits_BV, generator).tolist(), strict=True):
-            tokens.append(token)
+        last_G = torch.tensor(lengths).cumsum(0)[going] - 1
+        logits_GV = model.output(model.norm(hidden_TD[last_G.to(device)]))[:, :vocab_size]
+        new = sampling.draw(logits_GV, generator).tolist()
+        for sequence, token in zip(going, new, strict=True):
+            drawn[sequence].append(token)
         rows = [tokens[-1:] for tokens in drawn]
     return drawn
 

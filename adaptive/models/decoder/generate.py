@@ -126,7 +126,8 @@ def generate(
 ) -> Iterator[Generation]:
     """Continue prompts of any lengths together; yields after every token, the same object.
 
-    Stops at `max_new_tokens`, or when a sequence reaches the model's `max_seq_len`.
+    Each sequence stops at `max_new_tokens`, or where it reaches the model's `max_seq_len`, whatever
+    those beside it do.
 
     Args:
         model: in evaluation mode.
@@ -143,7 +144,7 @@ def generate(
             tensor or context ranks share.
     """
     check_whole(model)
-    longest = check_prompts(model, prompts)
+    check_prompts(model, prompts)
     sampling = Sampling() if sampling is None else sampling
     cache = Cache(model, len(prompts)) if cached else None
     made = Generation(
@@ -153,23 +154,29 @@ def generate(
         len(model.layers),
         cache,
     )
-    steps = min(max_new_tokens, model.config.max_seq_len - longest + 1)
-    for _ in range(steps):
+    for _ in range(max_new_tokens):
+        going = going_on(model, made.prompts, made.tokens)
+        if not going:
+            return
         # `no_grad` must not stay entered while the caller has control.
         with torch.no_grad():
-            logits_BV = _next_logits(model, made)[:, :vocab_size]
-            drawn = sampling.draw(logits_BV, generator).tolist()
-        for tokens, token in zip(made.tokens, drawn, strict=True):
-            tokens.append(token)
+            logits_GV = _next_logits(model, made, going)[:, :vocab_size]
+            drawn = sampling.draw(logits_GV, generator).tolist()
+        for sequence, token in zip(going, drawn, strict=True):
+            made.tokens[sequence].append(token)
         yield made
 
 
-def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> int:
-    """The length of the longest prompt.
+def going_on(
+    model: Decoder, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> list[int]:
+    """Which sequences have room for another token: the last one need not go through the model."""
+    lengths = [len(prompt) + len(drawn) for prompt, drawn in zip(prompts, tokens, strict=True)]
+    return [index for index, length in enumerate(lengths) if length <= model.config.max_seq_len]
 
-    Raises:
-        ValueError: an empty prompt, or one longer than the model's `max_seq_len`.
-    """
+
+def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError for an empty prompt, or one longer than the model's `max_seq_len`."""
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths, default=0) < 1:
         raise ValueError("prompt: must have at least one token")
@@ -178,7 +185,6 @@ def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> int:
             f"prompt of {max(lengths)} tokens: must be at most "
             f"max_seq_len={model.config.max_seq_len}"
         )
-    return max(lengths)
 
 
 def check_whole(model: Decoder) -> None:
@@ -198,12 +204,13 @@ def non_causal_layers(model: nn.Module) -> list[str]:
     ]
 
 
-def _next_logits(model: Decoder, made: Generation) -> Tensor:
-    """Logits of the token after the last of each sequence, [B, V]."""
+def _next_logits(model: Decoder, made: Generation, going: Sequence[int]) -> Tensor:
+    """Logits of the token after the last of each of G sequences, [G, V]; the others wait."""
     device = model.embedding.weight.device
     rows = [prompt + tokens for prompt, tokens in zip(made.prompts, made.tokens, strict=True)]
     fresh = made.key_values is None or not made._new
     rows = rows if fresh else [row[-1:] for row in rows]
+    rows = [row if index in going else [] for index, row in enumerate(rows)]
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
     ids_BS = torch.tensor([row + [0] * (width - len(row)) for row in rows]).to(device)
@@ -211,15 +218,16 @@ def _next_logits(model: Decoder, made: Generation) -> Tensor:
     mask_BS = (torch.arange(width) < lengths[:, None]).to(device) if ragged else None
     with RoutingTape(model) as tape:
         hidden_TD, _ = model.hidden_states(ids_BS, mask_BS, cache=made.key_values)
-    logits_BV = model.output(hidden_TD[lengths.cumsum(0).to(device) - 1])
+    logits_GV = model.output(hidden_TD[(lengths.cumsum(0)[list(going)] - 1).to(device)])
     if made.key_values is None:
-        made.layers = [[] for _ in rows]
+        for index in going:
+            made.layers[index] = []
     _count_layers(model, made, tape.records, lengths.tolist())
     made._records += tape.records
     made._new.append(lengths)
     made._keys.append(lengths if made.key_values is None else made.key_values.counts.cpu())
-    made._logits += len(rows)
-    return logits_BV
+    made._logits += len(going)
+    return logits_GV
 
 
 def _count_layers(

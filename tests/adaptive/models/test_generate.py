@@ -69,6 +69,34 @@ def test_generation_stops_at_the_longest_sequence_trained_on() -> None:
     assert len(PROMPTS[0]) + len(made.tokens[0]) == DENSE.max_seq_len + 1
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_full_sequence_ends_none_beside_it(cached: bool) -> None:
+    """Prompts of 45, 1 and 48 tokens with 48: the short one is cut where it is cut alone."""
+    model = build(ROUTED)
+    prompts = [list(range(40)) + [1] * 5, [7], [3] * 48]
+    options = {"max_new_tokens": 30, "sampling": Sampling(temperature=0), "cached": cached}
+    together = run(model, prompts, **options)
+    assert [len(tokens) for tokens in together.tokens] == [4, 30, 1]
+    for prompt, tokens, layers in zip(prompts, together.tokens, together.layers, strict=True):
+        alone = run(model, [prompt], **options)
+        assert alone.tokens == [tokens]
+        assert alone.layers == [layers]
+    if cached:
+        flops = sum(run(model, [p], **options).executed_flops(model) for p in prompts)
+        assert together.executed_flops(model) == pytest.approx(flops)
+
+
+def test_a_full_sequence_ends_none_beside_it_at_fewer_layers() -> None:
+    model = build(DENSE)
+    prompts = [[2] * 45, [7]]
+    depths = SkipDecode(4, 4, 2, 30)
+    options = {"max_new_tokens": 30, "sampling": Sampling(temperature=0)}
+    together = generate_at_depth(model, prompts, depths, **options)
+    alone = [generate_at_depth(model, [prompt], depths, **options)[0] for prompt in prompts]
+    assert [len(tokens) for tokens in alone] == [4, 30]
+    assert together == alone
+
+
 @pytest.mark.parametrize("config", [DENSE, ROUTED], ids=["dense", "routed"])
 def test_operations_are_those_that_torch_counts(config: DecoderConfig) -> None:
     model = build(config)
