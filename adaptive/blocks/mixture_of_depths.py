@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.blocks.wrapping import flatten_tokens, refuse_cache, run_block, without_padding
+from adaptive.ops.exact_buffers import ExactBuffers
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import combine, pack
 from adaptive.routing.choice import capacity_tokens, expert_choice_packed, threshold_choice
@@ -49,7 +50,7 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MixtureOfDepths(nn.Module):
+class MixtureOfDepths(ExactBuffers):
     """Routes a share of every sequence's tokens through `block`; the others skip it.
 
     `out_i = h_i + w(r_i) · f_i(h̃)` for the chosen tokens, where `r = router(h)`, `h̃` are the
@@ -83,6 +84,7 @@ class MixtureOfDepths(nn.Module):
     """
 
     kind = "mixture_of_depths"
+    exact_buffers = ("threshold",)  # it lies between two logits, which are float32
     threshold: Tensor
 
     def __init__(

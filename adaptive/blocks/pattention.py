@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.ops.exact_buffers import ExactBuffers
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.parameter_attention import parameter_attention
 from adaptive.ops.parameter_weights import Activation
@@ -35,7 +36,7 @@ Split = Literal["tokens", "channels"]
 Role = Literal["whole", "input", "output"]
 
 
-class Pattention(nn.Module):
+class Pattention(ExactBuffers):
     """`Θ(x Kᵀ) V`: attention of the input to N parameter tokens, in place of a linear layer.
 
     Also in place of a whole feed-forward (`PattentionFeedForward`). There is no bias and no 1/√D.
@@ -72,6 +73,7 @@ class Pattention(nn.Module):
     """
 
     takes_packed = True
+    exact_buffers = ("scale",)  # rounded, every score changes
     scale: Tensor
 
     def __init__(
@@ -236,14 +238,6 @@ class Pattention(nn.Module):
 
     def _own_columns(self, out_TO: Tensor) -> Tensor:
         return out_TO.chunk(self.mesh.tensor, -1)[self.mesh.tensor_rank]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pattention:
-        """Moves like any module, but `scale` keeps its precision: rounded, every score changes."""
-        exact = self.scale
-        super()._apply(fn, recurse)
-        if self.scale.dtype != exact.dtype:
-            self.scale = exact.to(self.scale.device)
-        return self
 
 
 class PattentionFeedForward(Pattention):

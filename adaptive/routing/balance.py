@@ -5,12 +5,10 @@ Shape legend: T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from adaptive.ops.exact_buffers import ExactBuffers
 from adaptive.routing.scope import BatchScope
 
 
@@ -37,7 +35,7 @@ def load_balancing_loss(
     return scope.share_of(total, valid_T.sum()) * load_E.shape[0]
 
 
-class ExpertBias(nn.Module):
+class ExpertBias(ExactBuffers):
     """A bias per expert that only the choice sees, moved against the load error once a step.
 
     `bias += rate * sign(mean load - load)`, with the load of the whole global batch, so every rank
@@ -51,6 +49,8 @@ class ExpertBias(nn.Module):
     Source: auxiliary-loss-free load balancing, arXiv 2408.15664, algorithm 1.
     """
 
+    # Steps are smaller than the ulp of a bfloat16 bias.
+    exact_buffers = ("bias", "load")
     bias: Tensor
     load: Tensor
 
@@ -61,15 +61,6 @@ class ExpertBias(nn.Module):
         self.rate = rate
         self.register_buffer("bias", torch.zeros(num_experts))
         self.register_buffer("load", torch.zeros(num_experts))
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBias:
-        # `.bfloat16()` of a whole model must round neither: steps are smaller than the bias' ulp.
-        exact = {"bias": self.bias, "load": self.load}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            if getattr(self, name).itemsize < 4:
-                setattr(self, name, buffer.to(getattr(self, name).device))
-        return self
 
     @torch.no_grad()
     def count(self, load_E: Tensor) -> None:

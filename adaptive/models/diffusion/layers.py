@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.ops.exact_buffers import ExactBuffers
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.rms_norm import rms_norm
 from adaptive.ops.varlen_attention import varlen_attention
@@ -74,13 +75,14 @@ class TimeEmbedding(nn.Module):
         count(self.down, rows)
 
 
-class AxialRotary(nn.Module):
+class AxialRotary(ExactBuffers):
     """2-D rotary positions: half of each head turns with the row, half with the column.
 
     Interleaved pairs (2i, 2i+1), frequencies `base^(-2i / (h/2))`. Tables of the whole grid are
     kept, and rows are gathered at the positions at hand: a kept token keeps its place.
     """
 
+    exact_buffers = ("cos", "sin")  # a model that was bfloat16 once would turn by rounded angles
     cos: Tensor
     sin: Tensor
 
