@@ -317,7 +317,8 @@ class MixtureOfExperts(nn.Module):
             assert self.expert_bias is not None
             # Every micro-batch is told the total of all of them.
             micro_batches = 1 if tape is None else tape.scope.micro_batches
-            self.expert_bias.count(total[:-1] / micro_batches)
+            count = partial(self.expert_bias.count, total[:-1] / micro_batches)
+            count() if tape is None else tape.when_done(count)
         if tape is not None:
             probabilities_TE = scores_TE
             if self.gate != "softmax" or hasattr(self.router, "balance_logits"):

@@ -8,13 +8,14 @@ Shape legend: T tokens (valid ones only).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from adaptive.ops.exact_buffers import ExactBuffers
 from adaptive.routing.recompute import recomputing
 from adaptive.routing.tape import AuxiliaryLoss, RoutingTape
 
@@ -79,7 +80,7 @@ def usage_loss(usages: list[Usage], target: float, *, penalty: Penalty = "square
     return value * here + slope * (local - local.detach()) / tokens
 
 
-class DensityController(nn.Module):
+class DensityController(ExactBuffers):
     """Holds a density at its target by integral control of the price of compute.
 
     The loss is `price · (density - target)`. After every optimizer step the price rises by
@@ -96,6 +97,8 @@ class DensityController(nn.Module):
         limit: largest price, either sign: bounds the wind-up while a target is out of reach.
     """
 
+    # Steps are smaller than the ulp of a bfloat16 price.
+    exact_buffers = ("price",)
     price: Tensor
     used: Tensor
     seen: Tensor
@@ -130,14 +133,6 @@ class DensityController(nn.Module):
         self.price.copy_(moved.clamp(-self.limit, self.limit))
         self.used.zero_()
         self.seen.zero_()
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DensityController:
-        # `.bfloat16()` of a whole model must not round the price: steps are smaller than its ulp.
-        exact = self.price
-        super()._apply(fn, recurse)
-        if self.price.itemsize < 4:
-            self.price = exact.to(self.price.device)
-        return self
 
 
 class DensityControl(nn.Module):
@@ -192,7 +187,7 @@ class DensityControl(nn.Module):
             tape.pool(f"density/{kind}", (usage, observer), self._pooled)
             return losses, usage
         if observer is not None:
-            observer.observe(usage.total, usage.total_tokens)
+            tape.when_done(partial(observer.observe, usage.total, usage.total_tokens))
         share = usage_loss([usage], self.target, penalty=self.penalty)
         losses["density_penalty"] = AuxiliaryLoss(share, self.coefficient)
         return losses, usage

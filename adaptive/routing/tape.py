@@ -10,6 +10,7 @@ No module keeps anything: outside a tape, blocks work and record nothing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -102,6 +103,8 @@ class RoutingTape:
         self.lengths: list[Tensor] = []
         self._losses: list[AuxiliaryLoss] = []
         self._pools: dict[str, tuple[list[Any], Callable[[list[Any]], AuxiliaryLoss]]] = {}
+        self._waiting: list[Callable[[], object]] = []
+        self._with_gradients = self._warned = False
         self._totals = 0
         self._names: dict[int, str] = {}
         if model is not None:
@@ -110,12 +113,16 @@ class RoutingTape:
 
     def __enter__(self) -> RoutingTape:
         self._tokens.append(_active.set(self))
+        self._with_gradients = torch.is_grad_enabled()
         watch(1)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         _active.reset(self._tokens.pop())
         watch(-1)
+        waiting, self._waiting = self._waiting, []
+        for change in waiting if kind is None else ():
+            change()
 
     def loss(self) -> Tensor | float:
         """The sum of coefficient x loss, scaled so that the engine's average is the global loss.
@@ -139,6 +146,8 @@ class RoutingTape:
             return
         # The model itself has the empty path.
         record.name = self._names.get(id(module), f"{record.kind}.{len(self.records)}")
+        if losses:
+            self._check_gradients(module)
         for name, loss in (losses or {}).items():
             self._losses.append(loss)
             record.losses[name] = loss.share.detach()
@@ -148,6 +157,14 @@ class RoutingTape:
         """A model tells what it was given. In a recomputed forward this does nothing."""
         if not recomputing():
             self.lengths.append(layout.cu_seqlens.diff())
+
+    def when_done(self, change: Callable[[], object]) -> None:
+        """Change a module's state when the tape closes; not at all when a forward has failed.
+
+        What a step counts for later (loads, prices) is then that of forwards that came to an end:
+        one that ran out of memory may be tried again.
+        """
+        self._waiting.append(change)
 
     def pool(
         self, key: str, part: PoolPart, finish: Callable[[list[PoolPart]], AuxiliaryLoss]
@@ -159,6 +176,18 @@ class RoutingTape:
         """
         if not recomputing():
             self._pools.setdefault(key, ([], finish))[0].append(part)
+
+    def _check_gradients(self, module: nn.Module) -> None:
+        """Warn where a loss is lost: its gradient would only be known when the backward is over."""
+        lost = self._with_gradients and module.training and not torch.is_grad_enabled()
+        if lost and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "RoutingTape: auxiliary losses come without gradients, as under "
+                "torch.utils.checkpoint(use_reentrant=True); use adaptive.checkpoint, or "
+                "use_reentrant=False with context_fn=adaptive.recompute_contexts",
+                stacklevel=2,
+            )
 
     def total(self, local: Tensor) -> Tensor:
         """The sum of `local` over the global batch, detached. A collective: every rank calls it."""

@@ -1,10 +1,13 @@
 """RoutingTape, BatchScope and recomputation: nothing lost, nothing twice, nothing left behind."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from adaptive import MixtureOfExperts
+from adaptive import MixtureOfExperts, SkipLayer
 from adaptive.flops import executed_flops
 from adaptive.routing.recompute import checkpoint, decide, recomputing
 from adaptive.routing.scope import BatchScope
@@ -137,3 +140,43 @@ def test_the_model_itself_has_the_empty_path() -> None:
         module(torch.randn(2, 6, 8))
     assert tape.records[0].name == ""
     assert executed_flops(module, tape.records, 2, 6) > 0
+
+
+def test_losses_that_reentrant_checkpointing_loses_are_said_once() -> None:
+    """Its first forward has no gradients, its second is a repetition: the loss trains nothing."""
+    model, x = nn.Sequential(Recorder(), Recorder()), torch.ones(3, requires_grad=True)
+    match = "use_reentrant=False with context_fn"
+    with pytest.warns(UserWarning, match=match) as told, RoutingTape(model) as tape:
+        torch_checkpoint(model, x, use_reentrant=True)
+    assert len(told) == 1
+    loss = tape.loss()
+    assert isinstance(loss, Tensor)
+    assert not loss.requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with RoutingTape(model):
+            checkpoint(model, x).sum().backward()
+        with torch.no_grad(), RoutingTape(model):  # a count, or an evaluation
+            model(x)
+        with torch.no_grad(), RoutingTape(model.eval()):
+            model(x)
+
+
+@pytest.mark.parametrize("state", ["bias", "price"])
+def test_a_forward_that_failed_counts_for_no_later_step(state: str) -> None:
+    """It may be tried again, as after it ran out of memory."""
+    routed: nn.Module = MixtureOfExperts(8, 16, 4, top_k=1, bias_rate=0.1)
+    if state == "price":
+        routed = SkipLayer(nn.Linear(8, 8), 8, keys="executing", controller_gain=0.1)
+    fails = nn.Linear(7, 7)
+
+    def counted() -> float:
+        counts = [b for name, b in routed.named_buffers() if name.endswith(("load", "seen"))]
+        return float(torch.stack([count.sum() for count in counts]).sum())
+
+    with pytest.raises(RuntimeError, match="shape"), RoutingTape():
+        fails(routed(torch.randn(1, 5, 8)))
+    assert counted() == 0
+    with RoutingTape():
+        routed(torch.randn(1, 5, 8))
+    assert counted() == 5
