@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adaptive.flops import planned_flops
 from adaptive.observe.metric_log import read_metrics
 from launch.checkpoint.files import find_checkpoint, load_model, read_state
+from launch.checkpoint.models import held_out_loss
 from launch.comparison.config import Comparison, folder_name, load_comparison
 from launch.comparison.report import write_results
 from launch.run.config import load_config, load_saved
@@ -34,10 +33,8 @@ from launch.run.preflight import check_run, meta_model
 from launch.run.recipes import recipe_file
 from launch.run.sections import RunConfig
 from launch.run.writable import write_text_whole
-from launch.tasks import Task
-from launch.tasks.registry import task_class
+from launch.tasks.registry import make_task
 from launch.train import __file__ as TRAIN
-from parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def steps_within(config: RunConfig, operations: float) -> int:
 
 def step_operations(config: RunConfig) -> int:
     """Planned operations of one step, forward and backward."""
-    task = task_class(config.task)(config, mesh=Mesh.single(), device=torch.device("meta"))
+    task = make_task(config, device="meta")
     work = task.work(task.batch(range(config.train.batch_size)))
     if work is None:
         raise BadInput(f"task={config.task}: does not count its operations")
@@ -202,7 +199,7 @@ def measure(run: Run) -> dict[str, Any]:
         if line.get("validation/loss") is not None
     ]
     model, config = load_model(folder)
-    task = task_class(config.task)(config, mesh=Mesh.single(), device=torch.device("cpu"))
+    task = make_task(config)
     routed = [module for module in model.modules() if hasattr(module, "causal")]
     for module in routed:
         module.causal = False  # type: ignore[assignment]
@@ -217,18 +214,6 @@ def measure(run: Run) -> dict[str, Any]:
         "validation_loss_training_choice": held_out_loss(model, task) if routed else curve[-1][1],
         "curve": curve,
     }
-
-
-@torch.no_grad()
-def held_out_loss(model: torch.nn.Module, task: Task) -> float:
-    """Mean loss over the task's fixed held-out rows."""
-    torch.manual_seed(0)
-    total, count = 0.0, 0
-    for start in range(0, task.validation_rows, 8):
-        batch = task.validation_batch(range(start, min(start + 8, task.validation_rows)))
-        value, number = task.validation_sums(model, batch)["loss"]
-        total, count = total + float(value), count + number
-    return total / count
 
 
 if __name__ == "__main__":

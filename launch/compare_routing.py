@@ -33,9 +33,8 @@ from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_counts
 from launch.run.writable import check_file
 from launch.tasks import Batch
-from launch.tasks.registry import task_class
+from launch.tasks.registry import make_task
 from parallel.checkpoint import problem_with, step_of
-from parallel.mesh import Mesh
 
 _ROWS_A_BATCH = 8
 
@@ -140,8 +139,7 @@ def route(
         raise BadInput(f"{checkpoint}: has another tokenizer or sequence length than the first run")
     if data is not None:
         config = replace(config, data=data)
-    cpu = torch.device("cpu")
-    task = task_class(config.task)(config, mesh=Mesh.single(), device=cpu)
+    task = make_task(config)
     batch = _held_out(task.validation_batch, min(rows, task.validation_rows))
     # One batch: the scatter matrices of RC are those of all tokens together.
     with torch.no_grad(), measuring_collapse(model), RoutingTape(model) as tape:

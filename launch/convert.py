@@ -1,6 +1,7 @@
 """Turn one checkpoint into another: `python -m launch.convert METHOD …`.
 
-METHOD is one of acm, duo, tokenformer, distillation, upcycling; `METHOD --help` tells its options.
+METHOD is one of acm, distillation, duo, tokenformer, upcycling; `METHOD --help` tells its options.
+The source is only read. What becomes a run is its beginning: the last line says how to train it.
 """
 
 from __future__ import annotations
@@ -8,21 +9,25 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from launch.run.errors import OneLineParser, exit_on_bad_input
+from launch.checkpoint.beginning import how_to_train
+from launch.run.errors import OneLineParser, program
 
 METHODS = ("acm", "distillation", "duo", "tokenformer", "upcycling")
 
 
+@program
 def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
-    parser = OneLineParser(
-        prog="python -m launch.convert",
-        description=__doc__,
-    )
+    parser = OneLineParser(prog="python -m launch.convert", description=__doc__)
     parser.add_argument("method", choices=METHODS, help="what the checkpoint becomes")
-    with exit_on_bad_input():
-        method = parser.parse_args(words[:1]).method
-    import_module(f"launch.conversions.{method}").main(words[1:])
+    name = parser.parse_args(words[:1]).method
+    method = import_module(f"launch.conversions.{name}")
+    parser = OneLineParser(prog=f"python -m launch.convert {name}", description=method.__doc__)
+    method.add_options(parser)
+    written = method.convert(parser.parse_args(words[1:]))
+    print(f"written  {written}")
+    if written.parent.name == "checkpoints":
+        print(f"continue {how_to_train(written.parent.parent)}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ cost. `--show-routing` colours every token by how many layers computed it.
 from __future__ import annotations
 
 import argparse
-import codecs
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import TextIO
 
 import torch
 
@@ -25,13 +22,12 @@ from adaptive.models.decoder.generate import (
     non_causal_layers,
 )
 from adaptive.models.decoder.model import Decoder
-from launch.checkpoint.files import load_model
-from launch.data.text import Corpus, Tokenizer
-from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.checkpoint.models import SavedDecoder, add_checkpoint, add_device, load_decoder
+from launch.data.text import Tokenizer
+from launch.run.errors import BadInput, OneLineParser, program
 from launch.run.options import check_counts, check_seed
-from launch.run.sections import RunConfig
-from launch.run.terminal import shown, visible
-from launch.tasks import decode_depth
+from launch.sampling import depth
+from launch.sampling.text import RoutingWriter, TextWriter
 
 _CALIBRATION_ROWS = 16
 
@@ -41,14 +37,14 @@ def arguments_parser() -> argparse.ArgumentParser:
         prog="python -m launch.generate",
         description=__doc__,
     )
-    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
+    add_checkpoint(parser)
     parser.add_argument("--prompt", default="def ", help="text to continue; - reads standard input")
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens to draw")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest share")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; by default cuda where there is one")
+    add_device(parser)
     parser.add_argument(
         "--show-routing", action="store_true", help="colour tokens by the layers that computed them"
     )
@@ -63,21 +59,21 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="sample from a model whose routing looks at later tokens; computes the whole prefix\n"
         "at every step, and the text is not what the model was trained to write",
     )
-    decode_depth.add_options(parser)
+    depth.add_options(parser)
     return parser
 
 
+@program
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_bad_input():
-        options = arguments_parser().parse_args(arguments)
-        try:
-            sample(options)
-        except BrokenPipeError:
-            # Who read the text has seen enough; what is left to flush goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    options = arguments_parser().parse_args(arguments)
+    try:
+        write_text(options)
+    except BrokenPipeError:
+        # Who read the text has seen enough; what is left to flush goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def sample(options: argparse.Namespace) -> None:
+def write_text(options: argparse.Namespace) -> None:
     """Load, check, generate, print."""
     try:
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
@@ -85,19 +81,16 @@ def sample(options: argparse.Namespace) -> None:
         raise BadInput(f"--{str(error).replace('_', '-', 1)}") from None
     check_counts(options, "max_tokens")
     check_seed(options.seed)
-    other_depth = decode_depth.wanted(options)
-    device = chosen_device(options.device)
-    model, config = load_model(options.checkpoint)
-    if not isinstance(model, Decoder):
-        raise BadInput(f"{options.checkpoint}: holds a {type(model).__name__}, not a text decoder")
+    other_depth = depth.wanted(options)
+    saved = load_decoder(options.checkpoint, device=options.device)
+    model = saved.model
     looking_ahead = non_causal_layers(model)
     if looking_ahead and not options.allow_non_causal:
         raise BadInput(
             f"{options.checkpoint}: {looking_ahead[0]} chooses tokens by looking at later ones "
             "(it has no predictor), so it cannot sample; --allow-non-causal does so nevertheless"
         )
-    model = model.to(device)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer(saved.config.data.tokenizer)
     # Bytes, whatever they are: a prompt cut in the middle of a character is still a prompt.
     given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
     prompt = tokenizer.encode_prompt(given)
@@ -106,13 +99,13 @@ def sample(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise BadInput(f"--{error}") from None
     if options.calibrate:
-        thresholds = calibrate_on_held_out(model, config)
+        thresholds = calibrate_on_held_out(saved)
         for name, threshold in thresholds.items():
             print(f"calibrated {name}: threshold {threshold:+.3f}", file=sys.stderr)
     if other_depth:
-        decode_depth.decode(options, model, tokenizer, prompt, sampling)
+        depth.decode(options, model, tokenizer, prompt, sampling)
         return
-    generator = torch.Generator(device).manual_seed(options.seed)
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(options.seed)
     begun, made = time.perf_counter(), None
     writer = RoutingWriter if options.show_routing else TextWriter
     out = writer(tokenizer, sys.stdout, layers=len(model.layers))
@@ -147,105 +140,12 @@ def summary(model: Decoder, made: Generation, *, seconds: float) -> str:
     )
 
 
-def calibrate_on_held_out(model: Decoder, config: RunConfig) -> dict[str, float]:
+def calibrate_on_held_out(saved: SavedDecoder) -> dict[str, float]:
     """Thresholds from the held-out rows of the run's own data."""
-    corpus = Corpus(config.data)
-    rows = [corpus.validation_row(i) for i in range(min(_CALIBRATION_ROWS, corpus.validation_rows))]
-    device = model.embedding.weight.device
-    return calibrate(model, [torch.as_tensor(row[None, :-1]).long().to(device) for row in rows])
-
-
-def chosen_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is.
-
-    Raises:
-        BadInput: no such device here.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device={name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-class TextWriter:
-    """Writes tokens as soon as they are whole characters: what is written is always valid UTF-8."""
-
-    def __init__(self, tokenizer: Tokenizer, out: TextIO, *, layers: int) -> None:
-        self._out, self._layers = out, layers
-        self._decode = streaming_decoder(tokenizer)
-        self._shown = 0
-
-    def show(self, made: Generation) -> None:
-        """Write what is new of the first sequence."""
-        tokens = made.prompts[0] + made.tokens[0]
-        while self._shown < self._ready(made):
-            self._write(self._decode(tokens[self._shown], False), made)
-            self._shown += 1
-        self._out.flush()
-
-    def close(self) -> None:
-        """Write what was held back of an unfinished character."""
-        if self._shown:
-            self._out.write(self._decode(None, True) + "\n")
-            self._out.flush()
-
-    def _ready(self, made: Generation) -> int:
-        return len(made.prompts[0]) + len(made.tokens[0])
-
-    def _write(self, text: str, made: Generation) -> None:
-        self._out.write(shown(text, self._out))
-
-
-class RoutingWriter(TextWriter):
-    """Colours tokens by the number of layers that computed them: from blue, few, to red, all.
-
-    That is known only when the token has gone through the model, so the last one drawn is missing.
-    """
-
-    # Of the 256-colour terminal palette: as distinct as backgrounds under black text can be.
-    _COLOURS = (39, 45, 50, 48, 83, 118, 190, 226, 220, 214, 208, 203)
-
-    def _ready(self, made: Generation) -> int:
-        return len(made.layers[0])
-
-    def _write(self, text: str, made: Generation) -> None:
-        if not text:
-            return
-        computed = made.layers[0][self._shown]
-        place = (computed - made.always) / max(self._layers - made.always, 1)
-        colour = self._COLOURS[round(place * (len(self._COLOURS) - 1))]
-        for part in text.splitlines(keepends=True):
-            body = visible(part.rstrip("\r\n"))
-            coloured = f"\x1b[48;5;{colour};30m{body}\x1b[0m" if body else ""
-            self._out.write(coloured + ("\n" if part.endswith("\n") else ""))
-
-
-def streaming_decoder(tokenizer: Tokenizer) -> Callable[[int | None, bool], str]:
-    """(token or None, whether it is the last) -> text that is complete by then."""
-    if tokenizer.name == "bytes":
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda token, last: decoder.decode(b"" if token is None else bytes([token]), last)
-    # A tokenizer may write a token otherwise at the beginning of a text: what was written last is
-    # decoded again before what is new.
-    context: list[int] = []
-    waiting: list[int] = []
-
-    def decode(token: int | None, last: bool) -> str:
-        nonlocal context, waiting
-        waiting += [] if token is None else [token]
-        before = tokenizer.decode(context)
-        text = tokenizer.decode(context + waiting)
-        # A character cut short shows as a replacement: it waits for the token that completes it.
-        if not last and (text.endswith("\ufffd") or len(text) <= len(before)):
-            return ""
-        context, waiting = waiting or context, []
-        return text[len(before) :]
-
-    return decode
+    task, device = saved.task, saved.model.embedding.weight.device
+    rows = range(min(_CALIBRATION_ROWS, task.validation_rows))
+    batches = (task.validation_batch(range(row, row + 1)) for row in rows)
+    return calibrate(saved.model, [batch["input_ids"].to(device) for batch in batches])
 
 
 if __name__ == "__main__":

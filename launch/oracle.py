@@ -14,11 +14,9 @@ from pathlib import Path
 
 import torch
 
-from adaptive.models.decoder.model import Decoder
 from adaptive.models.decoder.oracle import Found, OracleReport, search
-from launch.checkpoint.files import load_model
-from launch.data.text import Corpus
-from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.checkpoint.models import add_checkpoint, load_decoder
+from launch.run.errors import BadInput, OneLineParser, blamed, program
 from launch.run.options import check_counts
 from launch.run.writable import check_file
 
@@ -28,7 +26,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         prog="python -m launch.oracle",
         description=__doc__,
     )
-    parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run")
+    add_checkpoint(parser)
     parser.add_argument(
         "--budgets",
         type=float,
@@ -46,37 +44,31 @@ def arguments_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_bad_input():
-        run(arguments_parser().parse_args(arguments))
-
-
-def run(options: argparse.Namespace) -> None:
     """Load, search, report."""
+    options = arguments_parser().parse_args(arguments)
     check_counts(options, "tokens", "beam", "exhaustive_up_to")
     if options.output is not None:
         check_file("--output", options.output)
-    model, config = load_model(options.checkpoint)
-    if not isinstance(model, Decoder):
-        raise BadInput(f"{options.checkpoint}: holds a {type(model).__name__}, not a text decoder")
-    corpus = Corpus(config.data)
-    if not 0 <= options.row < corpus.validation_rows:
-        raise BadInput(f"--row={options.row}: must be between 0 and {corpus.validation_rows - 1}")
-    ids_S = torch.from_numpy(corpus.validation_row(options.row))
+    saved = load_decoder(options.checkpoint)
+    rows = saved.task.validation_rows
+    if not 0 <= options.row < rows:
+        raise BadInput(f"--row={options.row}: must be between 0 and {rows - 1}")
+    batch = saved.task.validation_batch(range(options.row, options.row + 1))
+    ids_S = torch.cat([batch["input_ids"][0], batch["targets"][0, -1:]])
     # The last tokens of the row have the longest texts before them.
     last = ids_S.shape[0] - 1
     positions = range(max(last - options.tokens, 0), last)
-    try:
+    with blamed(options.checkpoint):
         report = search(
-            model,
+            saved.model,
             ids_S,
             positions,
             options.budgets,
             beam=options.beam,
             exhaustive_up_to=options.exhaustive_up_to,
         )
-    except ValueError as error:
-        raise BadInput(f"{options.checkpoint}: {error}") from None
     print(table(report))
     if options.output is not None:
         Path(options.output).write_text(json.dumps(as_json(report), indent=1), encoding="utf-8")

@@ -114,12 +114,12 @@ def _gathered(checkpoint: Path, config: RunConfig) -> dict[str, Tensor]:
     """On every rank: load, and give back whole tensors."""
     from launch.run.engine import Engine
     from launch.run.ranks import join_ranks
-    from launch.tasks.registry import task_class
+    from launch.tasks.registry import make_task
     from parallel.mesh import Mesh
 
     device = join_ranks()
     mesh = Mesh.create(**vars(config.parallel))
-    task = task_class(config.task)(config, mesh=mesh, device=device)
+    task = make_task(config, mesh=mesh, device=device)
     engine = Engine(config, task, mesh=mesh, device=device)
     engine.load_whole(read_whole(checkpoint))
     weights = engine.full_weights()

@@ -22,7 +22,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from launch.checkpoint.state import RunState, WholeState
 from launch.run.config import load_saved, save_resolved
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
-from launch.tasks.registry import task_class
+from launch.tasks.registry import make_task
 from parallel.checkpoint import MANIFEST, FailedElsewhere, newest_intact, problem_with
 from parallel.mesh import Mesh
 
@@ -79,9 +78,7 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None) -> tuple[nn.Module
     """
     folder = find_checkpoint(path)
     config = load_saved(folder)
-    mesh = Mesh.single() if mesh is None else mesh
-    task = task_class(config.task)(config, mesh=mesh, device=torch.device("cpu"))
-    model = task.build_model()
+    model = make_task(config, mesh=mesh).build_model()
     load_weights(model, load_file(folder / WEIGHTS), source=folder)
     return model.eval(), config
 

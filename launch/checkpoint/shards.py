@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from launch.run.config import load_saved
 from launch.run.errors import BadInput
 from launch.run.optimizer import parameter_groups
-from launch.tasks.registry import task_class
-from parallel.mesh import Mesh
+from launch.tasks.registry import make_task
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PREFIX = "model."  # of parameters in DeepSpeed's files: launch.run.engine.Objective holds the model
@@ -210,6 +209,5 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _meta_model(folder: Path) -> nn.Module:
     config = load_saved(folder)
-    device = torch.device("meta")
-    with device:
-        return task_class(config.task)(config, mesh=Mesh.single(), device=device).build_model()
+    with torch.device("meta") as device:
+        return make_task(config, device=device).build_model()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,16 @@ from adaptive.models.weights.transformers import (
     mixtral_settings,
     to_mixtral,
 )
-from launch.checkpoint.files import find_checkpoint, read_whole, save_tensors, write_whole
-from launch.checkpoint.state import RunState, WholeState
-from launch.run.config import from_mapping, save_resolved
-from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.checkpoint.beginning import begin_run
+from launch.checkpoint.files import find_checkpoint, read_whole, save_tensors
+from launch.run.config import from_mapping
+from launch.run.errors import BadInput
 from launch.run.options import check_seed
 from launch.run.sections import RunConfig
-from launch.run.terminal import command
 from launch.run.writable import check_folder
-from parallel.checkpoint import save_atomically
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(
-        prog="python -m launch.convert upcycling",
-        description=__doc__,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a run, a checkpoint, or a directory of transformers")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--experts", type=int, default=8, help="experts a layer (default 8)")
@@ -54,51 +47,44 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--router", default="linear", help="linear or hyperspherical")
     parser.add_argument("--seed", type=int, default=0, help="of the routers")
     parser.add_argument("--mixtral", action="store_true", help="write a directory of transformers")
-    with exit_on_bad_input():
-        arguments = parser.parse_args(argv)
-        check_seed(arguments.seed)
-        try:
-            print(convert(arguments))
-        except ValueError as error:
-            raise BadInput(str(error)) from None
 
 
-def convert(arguments: argparse.Namespace) -> str:
-    """Read, upcycle where dense, write; returns what was made and how to continue it."""
-    out: Path = arguments.out
+def convert(options: argparse.Namespace) -> Path:
+    """Read, upcycle where dense, write; returns what was written."""
+    check_seed(options.seed)
+    out: Path = options.out
     if out.exists():
         raise BadInput(f"{out}: exists; give a new folder")
     check_folder("out", out)
-    weights, config, run = read(arguments.source)
+    try:
+        return _convert(options, out)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def _convert(options: argparse.Namespace, out: Path) -> Path:
+    weights, config, run = read(options.source)
     if config.mixture_of_experts is None:
         experts = MixtureOfExpertsConfig(
-            num_experts=arguments.experts,
-            top_k=arguments.top_k,
-            schedule=arguments.every if arguments.every != 1 else "all",
-            router=arguments.router,
+            num_experts=options.experts,
+            top_k=options.top_k,
+            schedule=options.every if options.every != 1 else "all",
+            router=options.router,
         )
-        torch.manual_seed(arguments.seed)
+        torch.manual_seed(options.seed)
         weights, config = upcycle(weights, config, experts)
     count = sum({id(tensor): tensor.numel() for tensor in weights.values()}.values())
     assert config.mixture_of_experts is not None
-    made = f"{count:,} parameters, {config.mixture_of_experts.num_experts} experts"
-    if arguments.mixtral:
+    print(f"{count:,} parameters, {config.mixture_of_experts.num_experts} experts")
+    if options.mixtral:
         settings, named = mixtral_settings(config), to_mixtral(weights, config)
         out.mkdir(parents=True)
         save_tensors(named, out / "model.safetensors")
         (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        return f"{out}: {made}, for transformers"
-    tree = {} if run is None else run.resolved()
+        return out
     if run is None:
-        length = min(config.max_seq_len, 512)
-        tree["data"] = {"seq_len": length}
-    tree.update(output=str(out), model=asdict(config), phases=[])
-    tree["checkpoint"] = {**tree.get("checkpoint", {}), "resume": "auto"}
-    run_config = from_mapping(tree)
-    whole = WholeState(_distinct(weights, config), {}, {}, RunState(), run_config)
-    path = save_atomically(out / "checkpoints", 0, lambda folder: write_whole(folder, whole))
-    save_resolved(run_config, out / "run.yaml")
-    return f"{path}: {made}\ncontinue {command('launch.start', '--config', out / 'run.yaml')}"
+        run = from_mapping({"data": {"seq_len": min(config.max_seq_len, 512)}})
+    return begin_run(run, _distinct(weights, config), output=out, model=config)
 
 
 def read(source: str) -> tuple[dict[str, Tensor], DecoderConfig, RunConfig | None]:

@@ -19,6 +19,15 @@ class Failed(RuntimeError):  # noqa: N818 -- named for what it says to the user
 
 
 @contextmanager
+def blamed(about: object) -> Iterator[None]:
+    """Turn a library's ValueError into BadInput about a file or an option that the user gave."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(f"{about}: {error}") from None
+
+
+@contextmanager
 def exit_on_bad_input(*, speak: bool = True) -> Iterator[None]:
     """End the program with exit code 2 for BadInput, 1 for Failed: one line, no traceback.
 

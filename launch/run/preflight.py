@@ -16,7 +16,7 @@ from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
 from launch.run.writable import check_folder
 from launch.run.zero import check_zero
-from launch.tasks.registry import task_class
+from launch.tasks.registry import make_task, task_class
 from parallel.checkpoint import newest_intact
 from parallel.mesh import Mesh, data_degree
 
@@ -116,11 +116,8 @@ def meta_model(config: RunConfig, mesh: Mesh | None = None) -> nn.Module:
     Raises:
         BadInput: what its blocks refuse.
     """
-    device = torch.device("meta")
-    mesh = Mesh.single() if mesh is None else mesh
     try:
-        with device:
-            task = task_class(config.task)(config, mesh=mesh, device=device)
-            return task.build_model()
+        with torch.device("meta") as device:
+            return make_task(config, mesh=mesh, device=device).build_model()
     except ValueError as error:
         raise BadInput(f"model: {error}") from None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adaptive.flops import Work
 from adaptive.models.decoder.model import Decoder, DecoderConfig
 from adaptive.routing.collapse import FluctuationProbe
+from launch.checkpoint.growth import grow_whole
 from launch.checkpoint.state import WholeState
 from launch.data.text import Corpus, TextConfig, Tokenizer, open_corpus
 from launch.run.errors import BadInput
@@ -73,8 +74,6 @@ class LanguageModelTask(Task):
 
     def adapt(self, whole: WholeState) -> WholeState:
         """Grow parameter tokens, where this phase's model is a TokenFormer that has more."""
-        from launch.grow import grow_whole
-
         if getattr(self.config.model, "pattention", None) is None:
             return whole
         return grow_whole(whole, self.config.model)[0]

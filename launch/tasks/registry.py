@@ -5,8 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from launch.run.errors import BadInput
+from launch.run.sections import RunConfig
 from launch.tasks import Task
+from parallel.mesh import Mesh
 
 _TASKS = {
     "language_model": "launch.tasks.language_model:LanguageModelTask",
@@ -31,3 +35,17 @@ def task_class(name: str) -> type[Task]:
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise BadInput(f"task={name}: must be a subclass of launch.tasks.Task")
     return found
+
+
+def make_task(
+    config: RunConfig, *, mesh: Mesh | None = None, device: torch.device | str = "cpu"
+) -> Task:
+    """The task of a run.
+
+    Args:
+        config: of the run.
+        mesh: one rank by default.
+        device: where batches and the model go.
+    """
+    mesh = Mesh.single() if mesh is None else mesh
+    return task_class(config.task)(config, mesh=mesh, device=torch.device(device))

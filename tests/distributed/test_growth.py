@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.checkpoint.files import find_checkpoint, load_model, read_state
-from launch.grow import grow_checkpoint
+from launch.checkpoint.growth import grow_checkpoint
 from launch.run.config import from_mapping
 from launch.run.errors import BadInput
 from launch.run.loop import Loop
@@ -215,11 +215,11 @@ def test_bad_sizes_are_one_line_and_write_nothing(
 
 
 def test_sizes_must_suit_the_tensor_degree(source: Path, folder: Path, monkeypatch: Any) -> None:
-    from launch import grow
+    from launch.checkpoint import growth
 
-    saved = grow.load_saved(source)
+    saved = growth.load_saved(source)
     split = replace(saved, parallel=replace(saved.parallel, tensor=2))
-    monkeypatch.setattr(grow, "load_saved", lambda _: split)
+    monkeypatch.setattr(growth, "load_saved", lambda _: split)
     with pytest.raises(BadInput, match="tokens=23: must be a multiple of parallel"):
         grow_checkpoint(source, folder / "bad", tokens=23)
 

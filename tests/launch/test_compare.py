@@ -12,8 +12,10 @@ import torch
 import yaml
 
 from launch.checkpoint.files import find_checkpoint, load_model, read_state, write_description
+from launch.checkpoint.models import held_out_loss
 from launch.checkpoint.state import RunState
-from launch.compare import Run, finish, held_out_loss, load_comparison, main, plan_runs
+from launch.compare import Run, finish, main, plan_runs
+from launch.comparison.config import load_comparison
 from launch.run.config import save_resolved
 from launch.run.errors import BadInput
 from launch.tasks.registry import task_class

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch.checkpoint.files import load_model
-from launch.conversions.tokenformer import load_published, main, save_published
+from launch.conversions.tokenformer import load_published, save_published
+from launch.convert import main
 from launch.run.config import load_config
 from launch.run.errors import BadInput
 
@@ -51,7 +52,7 @@ def test_loading_prints_the_line_that_trains_it_on(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = str(tmp_path / "run")
-    main(["load", str(published), "--num_heads", "4", "--output", run])
+    main(["tokenformer", "load", str(published), "--num_heads", "4", "--output", run])
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.endswith(f"-m launch.start --config {run}/run.yaml")
     assert load_config(f"{run}/run.yaml").model.pattention is not None
@@ -77,6 +78,13 @@ def test_bad_input_is_one_line(
     with pytest.raises(BadInput, match="already holds checkpoints"):
         load_published(published, tmp_path / "run", num_heads=4)
     with pytest.raises(SystemExit) as ended:
-        main(["save", str(tmp_path / "run"), str(tmp_path / "no" / "file.safetensors")])
+        main(
+            [
+                "tokenformer",
+                "save",
+                str(tmp_path / "run"),
+                str(tmp_path / "no" / "file.safetensors"),
+            ]
+        )
     assert ended.value.code == 2
     assert "its folder does not exist" in capsys.readouterr().err

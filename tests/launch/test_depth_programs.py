@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaptive.models import Decoder
-from launch import oracle
+from launch import convert, oracle
 from launch.checkpoint.files import (
     load_model,
     named_tensors,
@@ -17,11 +17,6 @@ from launch.checkpoint.files import (
     write_description,
 )
 from launch.checkpoint.state import RunState
-from launch.conversions import acm as convert_acm
-from launch.conversions import distillation as distill
-from launch.conversions import duo as convert_duo
-from launch.conversions import tokenformer as convert_tokenformer
-from launch.conversions import upcycling as upcycle
 from launch.run.config import from_mapping
 from launch.run.preflight import check_run
 from parallel.checkpoint import save_atomically
@@ -81,7 +76,7 @@ def test_conversion_is_the_beginning_of_a_run_and_keeps_the_function(
     folder = run_folder(tmp_path)
     tuned = tmp_path / "tuned"
     steps = ["--distil-steps", "2", "--gate-steps", "2", "--batch-size", "2", "--rows", "2"]
-    convert_acm.main([str(folder), "--output", str(tuned), "--learners", "2", *steps])
+    convert.main(["acm", str(folder), "--output", str(tuned), "--learners", "2", *steps])
     told = [line.split() for line in capsys.readouterr().out.splitlines() if " loss " in line]
     losses = {" ".join(words[: words.index("loss")]): words[-1] for words in told[:-1]}
     assert losses["converted, 2 of 2 learners"] == losses["teacher"]
@@ -90,9 +85,9 @@ def test_conversion_is_the_beginning_of_a_run_and_keeps_the_function(
     assert sum(p.numel() for n, p in model.named_parameters() if "learners" in n) == 2 * 3 * 16 * 32
     assert read_state(tuned / "checkpoints" / "step-00000000").step == 0
     check_run(config, ranks=1)
-    line = refusal(capsys, convert_acm, folder, "--output", tuned)
+    line = refusal(capsys, convert, "acm", folder, "--output", tuned)
     assert "already holds checkpoints" in line
-    line = refusal(capsys, convert_acm, folder, "--output", tmp_path / "x", "--learners", 5)
+    line = refusal(capsys, convert, "acm", folder, "--output", tmp_path / "x", "--learners", 5)
     assert "num_learners=5: must divide ffn_dim=32" in line
 
 
@@ -100,7 +95,7 @@ def test_a_second_size_is_the_beginning_of_a_run_and_keeps_the_function(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, duo = run_folder(tmp_path), tmp_path / "duo"
-    convert_duo.main([str(folder), "--output", str(duo), "--rows", "2", "--random-steps", "9"])
+    convert.main(["duo", str(folder), "--output", str(duo), "--rows", "2", "--random-steps", "9"])
     told = [
         line.split(" loss ") for line in capsys.readouterr().out.splitlines() if " loss " in line
     ]
@@ -111,18 +106,20 @@ def test_a_second_size_is_the_beginning_of_a_run_and_keeps_the_function(
     assert config.model.sized_feed_forward.random_steps == 9
     assert config.train.move_within == 11
     check_run(config, ranks=1)
-    line = refusal(capsys, convert_duo, folder, "--output", tmp_path / "x", "--budget", 2)
+    line = refusal(capsys, convert, "duo", folder, "--output", tmp_path / "x", "--budget", 2)
     assert "budget=2.0: must be in (0, 1]" in line
 
 
-@pytest.mark.parametrize("program", [convert_acm, convert_duo])
+@pytest.mark.parametrize("method", ["acm", "duo"])
 def test_a_model_with_tied_embeddings_is_converted(
-    program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint holds tied weights once; twice, safetensors refuses them after all the work."""
     folder, converted = run_folder(tmp_path, tie_embeddings=True), tmp_path / "converted"
-    steps = ["--distil-steps", "1", "--gate-steps", "1"] if program is convert_acm else []
-    program.main([str(folder), "--output", str(converted), "--batch-size", "1", "--rows=1", *steps])
+    steps = ["--distil-steps", "1", "--gate-steps", "1"] if method == "acm" else []
+    convert.main(
+        [method, str(folder), "--output", str(converted), "--batch-size", "1", "--rows=1", *steps]
+    )
     model, config = load_model(converted)
     assert model.output.weight is model.embedding.weight
     teacher, _ = load_model(folder)
@@ -134,21 +131,21 @@ SIZES = ["--tokens", 8, "--ffn-tokens", 8]
 
 
 @pytest.mark.parametrize(
-    ("program", "words"),
+    ("method", "words"),
     [
-        (convert_acm, ["RUN", "--output", "/proc/x"]),
-        (convert_duo, ["RUN", "--output", "/proc/x"]),
-        (distill, ["RUN", "--output", "/proc/x", *SIZES]),
-        (upcycle, ["RUN", "/proc/x"]),
-        (convert_tokenformer, ["load", "w", "--num-heads", 2, "--output", "/proc/x"]),
-        (convert_tokenformer, ["save", "RUN", "/proc/x"]),
+        ("acm", ["RUN", "--output", "/proc/x"]),
+        ("duo", ["RUN", "--output", "/proc/x"]),
+        ("distillation", ["RUN", "--output", "/proc/x", *SIZES]),
+        ("upcycling", ["RUN", "/proc/x"]),
+        ("tokenformer", ["load", "w", "--num-heads", 2, "--output", "/proc/x"]),
+        ("tokenformer", ["save", "RUN", "/proc/x"]),
     ],
 )
 def test_an_output_that_cannot_be_written_is_said_before_the_work(
-    program: Any, words: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, words: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run_folder(tmp_path)
-    line = refusal(capsys, program, *[folder if word == "RUN" else word for word in words])
+    line = refusal(capsys, convert, method, *[folder if word == "RUN" else word for word in words])
     assert "=/proc/x: /proc cannot be written" in line
 
 
@@ -157,17 +154,19 @@ def test_what_cannot_be_converted_is_one_line(
 ) -> None:
     (tmp_path / "sized").mkdir()
     folder, out = run_folder(tmp_path / "sized", sized_feed_forward={}), tmp_path / "out"
-    line = refusal(capsys, distill, folder, "--output", out, *SIZES)
+    line = refusal(capsys, convert, "distillation", folder, "--output", out, *SIZES)
     assert "model.sized_feed_forward and pattention: give one of them" in line
     dense = run_folder(tmp_path)
-    line = refusal(capsys, distill, dense, "--output", out, *SIZES, "--max_tokens", 3)
+    line = refusal(
+        capsys, convert, "distillation", dense, "--output", out, *SIZES, "--max_tokens", 3
+    )
     assert line == "error: --max-tokens=3: 3 tokens: must be at least 5, a fifth is held out"
     (tmp_path / "routed").mkdir()
     routed = run_folder(tmp_path / "routed", mixture_of_depths={"capacity": 0.5})
-    for program in (convert_acm, convert_duo):
-        line = refusal(capsys, program, routed, "--output", out)
+    for method in ("acm", "duo"):
+        line = refusal(capsys, convert, method, routed, "--output", out)
         assert "mixture_of_depths: must be null, a layer is judged by what every token" in line
-    line = refusal(capsys, convert_acm, folder, "--output", out, "--learning-rate", "nan")
+    line = refusal(capsys, convert, "acm", folder, "--output", out, "--learning-rate", "nan")
     assert line == "error: --learning-rate=nan: must be a number above 0"
     assert not out.exists()
 

@@ -10,9 +10,10 @@ import pytest
 from adaptive.blocks.pattention import PattentionConfig
 from adaptive.models.convert.distillation import DistillationConfig
 from launch.checkpoint.files import find_checkpoint, load_model
-from launch.conversions.distillation import distill_checkpoint, main
+from launch.checkpoint.models import load_decoder
+from launch.conversions.distillation import distill_decoder
+from launch.convert import main
 from launch.run.config import from_mapping, load_saved
-from launch.run.errors import BadInput
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 
@@ -52,8 +53,8 @@ def test_a_dense_run_becomes_a_tokenformer_that_trains_on(
 ) -> None:
     checked = checksums(source.parent.parent)
     sizes = PattentionConfig(tokens=64, ffn_tokens=128)
-    reports, before, after = distill_checkpoint(
-        source, tmp_path / "new", pattention=sizes, fitting=FITTING
+    reports, before, after, _ = distill_decoder(
+        load_decoder(source), tmp_path / "new", pattention=sizes, fitting=FITTING
     )
     assert checksums(source.parent.parent) == checked
     said = capsys.readouterr().out
@@ -77,15 +78,18 @@ def test_a_dense_run_becomes_a_tokenformer_that_trains_on(
 def test_bad_input_is_one_line(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = PattentionConfig(tokens=8, ffn_tokens=8)
-    quick = DistillationConfig(max_tokens=64, steps=0)
-    distill_checkpoint(source, tmp_path / "new", pattention=sizes, fitting=quick)
-    with pytest.raises(BadInput, match="already holds checkpoints"):
-        distill_checkpoint(source, tmp_path / "new", pattention=sizes, fitting=quick)
-    with pytest.raises(BadInput, match=r"without model\.pattention"):
-        distill_checkpoint(tmp_path / "new", tmp_path / "b", pattention=sizes, fitting=quick)
-    arguments = [str(source), "--output", str(tmp_path / "c"), "--tokens", "0", "--ffn-tokens", "8"]
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: --tokens=0: must be at least 1\n"
+    def refused(*words: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["distillation", *map(str, words)])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    sizes = ["--tokens", 8, "--ffn-tokens", 8]
+    new = tmp_path / "new"
+    main(["distillation", *map(str, [source, "--output", new, *sizes, "--steps", 0])])
+    assert "already holds checkpoints" in refused(source, "--output", new, *sizes)
+    line = refused(new, "--output", tmp_path / "b", *sizes)
+    assert "must be a decoder of linear layers, without model.pattention" in line
+    sizes[1] = 0
+    line = refused(source, "--output", tmp_path / "c", *sizes)
+    assert line == "error: --tokens=0: must be at least 1\n"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from adaptive.models import Decoder
 from launch.checkpoint.files import load_model, write_whole
 from launch.checkpoint.state import RunState, WholeState
-from launch.conversions.upcycling import main
+from launch.convert import main
 from launch.run.config import from_mapping, load_config
 from launch.run.preflight import check_run, starting_checkpoint
 from parallel.checkpoint import save_atomically
@@ -40,7 +40,7 @@ def test_a_run_of_ours_is_upcycled(
     tie: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense, source = dense_run(tmp_path, tie=tie)
-    main([str(source), str(tmp_path / "out"), "--experts", "4", "--every", "2"])
+    main(["upcycling", str(source), str(tmp_path / "out"), "--experts", "4", "--every", "2"])
     assert "4 experts" in capsys.readouterr().out
     sparse, config = load_model(tmp_path / "out")
     torch.testing.assert_close(sparse(ids()), dense(ids()), atol=1e-4, rtol=0)
@@ -57,7 +57,7 @@ def continued(tree: dict[str, Any], source: str) -> tuple[float, float]:
 
 def test_an_upcycled_run_trains_on(tmp_path: Path) -> None:
     _, source = dense_run(tmp_path, tie=True)
-    main([str(source), str(tmp_path / "out"), "--experts", "4"])
+    main(["upcycling", str(source), str(tmp_path / "out"), "--experts", "4"])
     _, config = load_model(tmp_path / "out")
     before, loss = run_ranks(continued, 1, config.resolved(), str(tmp_path / "out"))[0]
     assert loss == pytest.approx(before, rel=0.1)
@@ -68,7 +68,7 @@ def test_the_line_it_prints_continues_with_what_was_made(
 ) -> None:
     """A run of another recipe has another top_k, or experts in other layers."""
     _, source = dense_run(tmp_path, tie=True)
-    main([str(source), str(tmp_path / "out"), "--experts", "4", "--every", "2"])
+    main(["upcycling", str(source), str(tmp_path / "out"), "--experts", "4", "--every", "2"])
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == f"continue {sys.executable} -m launch.start --config {tmp_path}/out/run.yaml"
     config = load_config(tmp_path / "out" / "run.yaml")
@@ -82,7 +82,7 @@ def test_the_line_it_prints_continues_with_what_was_made(
 def test_what_a_run_resumed_from_is_not_what_its_mixture_resumes_from(tmp_path: Path) -> None:
     phases = [{"name": "a", "model": {"num_layers": 2}}]
     _, source = dense_run(tmp_path, tie=True, checkpoint={"resume": "never"}, phases=phases)
-    main([str(source), str(tmp_path / "out"), "--experts", "4"])
+    main(["upcycling", str(source), str(tmp_path / "out"), "--experts", "4"])
     config = load_config(tmp_path / "out" / "run.yaml")
     assert (config.checkpoint.resume, config.phases) == ("auto", [])
 
@@ -91,7 +91,16 @@ def test_a_transformers_directory_becomes_mixtral_and_comes_back(tmp_path: Path)
     from transformers import MixtralForCausalLM
 
     expected = saved("llama", tmp_path / "llama")(ids()).logits
-    main([str(tmp_path / "llama"), str(tmp_path / "mixtral"), "--experts", "4", "--mixtral"])
+    main(
+        [
+            "upcycling",
+            str(tmp_path / "llama"),
+            str(tmp_path / "mixtral"),
+            "--experts",
+            "4",
+            "--mixtral",
+        ]
+    )
     theirs = MixtralForCausalLM.from_pretrained(tmp_path / "mixtral").eval()
     torch.testing.assert_close(theirs(ids()).logits, expected, atol=1e-4, rtol=0)
 
@@ -109,7 +118,7 @@ def test_bad_options_exit_with_one_line(
 ) -> None:
     _, source = dense_run(tmp_path, tie=False)
     with pytest.raises(SystemExit) as stop:
-        main([str(source), str(tmp_path / "out"), *options])
+        main(["upcycling", str(source), str(tmp_path / "out"), *options])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -124,7 +133,7 @@ def test_a_mixtral_directory_without_a_shard_leaves_nothing_behind(
     lacking = {n: t for n, t in weights.items() if "layers.1." not in n}
     save_file(lacking, tmp_path / "in" / "model.safetensors")
     with pytest.raises(SystemExit):
-        main([str(tmp_path / "in"), str(tmp_path / "out")])
+        main(["upcycling", str(tmp_path / "in"), str(tmp_path / "out")])
     assert "model.layers.1.input_layernorm.weight: missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -145,7 +154,7 @@ def test_a_directory_that_cannot_be_read_is_one_line(
     (tmp_path / "in" / file).write_text(content)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path / "in"), str(tmp_path / "out")])
+        main(["upcycling", str(tmp_path / "in"), str(tmp_path / "out")])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -155,5 +164,5 @@ def test_an_existing_folder_is_not_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main([str(tmp_path), str(tmp_path)])
+        main(["upcycling", str(tmp_path), str(tmp_path)])
     assert "exists; give a new folder" in capsys.readouterr().err

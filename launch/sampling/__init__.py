@@ -1,0 +1,1 @@
+"""What trained models are asked for: text, images, and how good these are."""
