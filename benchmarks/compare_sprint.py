@@ -46,6 +46,7 @@ from launch.sampling.quality import Judge
 from launch.tasks.diffusion import DiffusionTask
 from launch.train import run
 from parallel.mesh import Mesh
+from parallel.ranks import end_with_parent
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 SPARSE: dict[str, Any] = {"keep": 0.25}
@@ -75,7 +76,7 @@ def main() -> None:
     wanted = [(name, seed) for seed in range(options.seeds) for name in VARIANTS]
     # Fresh processes: a process group and an engine belong to one run at a time.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=end_with_parent) as pool:
         rows = list(pool.map(partial(finished, options=options), wanted))
     if options.quick:
         shutil.rmtree(options.output)

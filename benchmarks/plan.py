@@ -24,6 +24,7 @@ from benchmarks.measure import save
 from launch.plan import plan
 from launch.planning.machines import Machine, between
 from launch.planning.probe import measure
+from launch.run.children import Child
 from launch.run.config import load_config
 from parallel.mesh import Mesh
 
@@ -74,13 +75,14 @@ def seconds_per_step(axes: dict[str, Any], steps: int) -> float:
         words += [f"train.log_every={steps // 2}", f"monitor.every={steps // 2}"]
         words += ["train.evaluate_every=0", "train.calibrate_rows=0", "checkpoint.every=0"]
         command = [sys.executable, "-m", "launch.start", "--ranks", str(RANKS)]
-        subprocess.run(
+        with Child(
             [*command, "--config", str(RECIPE), *words, *split],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
             stdout=subprocess.DEVNULL,
-        )
+        ) as run:
+            if run.wait():
+                raise SystemExit("error: a measured run failed")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line).get("throughput/seconds_per_step") for line in lines]
     return [seconds for seconds in found if seconds is not None][-1]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from launch.checkpoint.files import find_checkpoint, load_model, read_state
 from launch.checkpoint.models import held_out_loss
 from launch.comparison.config import Comparison, folder_name, load_comparison
 from launch.comparison.report import write_results
+from launch.run.children import Children
 from launch.run.config import load_config, load_saved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.folder import free_name, only_run_in
@@ -67,8 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
         path = recipe_file(options.comparison)
         comparison = load_comparison(path, options.overrides)
         runs = plan_runs(comparison, path.parent)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        outcomes = list(pool.map(lambda run: finish(run, threads=options.threads), runs))
+    with ThreadPoolExecutor(options.jobs) as pool, Children() as children:
+        outcomes = list(
+            pool.map(lambda run: finish(run, threads=options.threads, children=children), runs)
+        )
     failed = [run for run, outcome in zip(runs, outcomes, strict=True) if outcome is None]
     if failed:
         names = ", ".join(f"{run.arm} seed {run.seed}" for run in failed)
@@ -122,8 +124,10 @@ def step_operations(config: RunConfig) -> int:
     return planned_flops(meta_model(config), work, backward=True)
 
 
-def finish(run: Run, *, threads: int) -> dict[str, Any] | None:
+def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | None:
     """The outcome of a run, which is trained now unless it was; None when it failed."""
+    if children.ended:
+        return None
     if run.result.is_file():
         outcome: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
         if outcome["config"] == run.config.resolved():
@@ -141,7 +145,7 @@ def finish(run: Run, *, threads: int) -> dict[str, Any] | None:
     begun = time.perf_counter()
     with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
         command = [sys.executable, TRAIN, *run.words]
-        code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        code = children.run(command, env=environment, stdout=log, stderr=log)
     seconds = _add_leg(run, time.perf_counter() - begun)
     if code or not _is_complete(run):
         return None

@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 
 from launch.checkpoint.beginning import how_to_train
+from launch.run.children import stop_with_script
 from launch.run.errors import OneLineParser, program
 
 METHODS = ("acm", "distillation", "duo", "tokenformer", "upcycling")
@@ -31,4 +32,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    stop_with_script()
     main()

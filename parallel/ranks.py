@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -62,6 +63,19 @@ def on_ranks(
                 process.join()
 
 
+def end_with_parent() -> None:
+    """End this process of `multiprocessing` when the one that started it has, in any way."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+
+
 def _received(pipe: Any, rank: int) -> Any:
     try:
         failure, result = pickle.loads(pipe.recv_bytes())
@@ -82,6 +96,7 @@ def _main(
     timeout: float,
     pipe: Any,
 ) -> None:
+    end_with_parent()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     if cuda:
         torch.cuda.set_device(rank)

@@ -9,6 +9,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || python=python3
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# A stage that is running stops when this script is ended.
+export LAUNCHED_BY=$$
 recipe="$root/recipes/acm_lm.yaml"
 output="${OUTPUT:-runs/acm_lm}"
 dry_run=

@@ -9,6 +9,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || python=python3
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# A stage that is running stops when this script is ended.
+export LAUNCHED_BY=$$
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 cd "$root"
 small=(model.dim=128 model.num_layers=4 model.num_heads=4 model.ffn_dim=256 data.seq_len=128

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from adaptive.ops.backend import explain, operations
+from launch.run.children import Child, end
 from launch.run.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def _checks() -> list[str]:
             check = waiting.pop(0)
             command = [sys.executable, "-m", "pytest", "-m", "not slow", "-p",
                        "no:cacheprovider", "--tb=short", check]  # fmt: skip
-            running[check] = subprocess.Popen(
+            running[check] = Child(
                 command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -117,15 +118,11 @@ def _timing() -> list[str]:
         command += ["--out", str(Path(os.environ["OUT"]) / "kernels.json")]
     # It starts nothing new after its seconds. If one case outlasts them, what was measured is
     # already printed and written; asked to stop, it adds which goals were met.
-    with subprocess.Popen(command, cwd=ROOT, env=_environment()) as running:
+    with Child(command, cwd=ROOT, env=_environment()) as running:
         try:
             status = running.wait(TIMING_SECONDS + GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            running.terminate()
-            try:
-                running.wait(10)
-            except subprocess.TimeoutExpired:
-                running.kill()
+            end([running], seconds=10)
             return ["benchmarks/kernels.py: out of time"]
     return ["benchmarks/kernels.py"] if status else []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from launch.checkpoint.models import held_out_loss
 from launch.checkpoint.state import RunState
 from launch.compare import Run, finish, main, plan_runs
 from launch.comparison.config import load_comparison
+from launch.run.children import Children
 from launch.run.config import save_resolved
 from launch.run.errors import BadInput
 from launch.tasks.registry import task_class
@@ -84,7 +84,10 @@ def test_a_changed_arm_is_measured_alone(
 ) -> None:
     long = one_arm(comparison, "operations=4e8")
     short = one_arm(comparison, "operations=2e8")
-    first, second = finish(long, threads=1), finish(short, threads=1)
+    first, second = (
+        finish(long, threads=1, children=Children()),
+        finish(short, threads=1, children=Children()),
+    )
     assert first is not None
     assert second is not None
     assert second["steps"] == short.config.train.steps < first["steps"]
@@ -109,23 +112,23 @@ def test_an_interrupted_run_goes_on_only_with_the_same_configuration(
     steps = run.config.train.steps
     starts = []
 
-    def interrupted(command: list[str], **_: Any) -> Any:
+    def interrupted(_: Children, command: list[str], **options: Any) -> int:
         """What a run leaves that was asked to stop after its first step."""
         starts.append(read_steps(run.folder))
         reached = 1 if len(starts) < 3 else steps
         write_state(run, reached)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr("launch.compare.subprocess.run", interrupted)
+    monkeypatch.setattr("launch.compare.Children.run", interrupted)
     monkeypatch.setattr("launch.compare.measure", lambda _: {"steps": steps})
-    assert finish(run, threads=1) is None
+    assert finish(run, threads=1, children=Children()) is None
     changed = one_arm(
         comparison, "operations=2e8", "common=[checkpoint.every=1, train.learning_rate=1e-4]"
     )
     run = changed  # of which `interrupted` leaves checkpoints from now on
-    assert finish(changed, threads=1) is None
+    assert finish(changed, threads=1, children=Children()) is None
     assert f"is at step 1, {steps} are planned" in capsys.readouterr().out
-    assert finish(changed, threads=1) is not None
+    assert finish(changed, threads=1, children=Children()) is not None
     # The other learning rate began in an empty folder, the same one continued.
     assert starts == [0, 0, 1]
     assert len(json.loads((changed.folder / "seconds.json").read_text())) == 2
@@ -137,9 +140,9 @@ def test_a_result_that_could_not_be_written_whole_is_measured_again(
     run = one_arm(comparison, "operations=2e8")
     steps = run.config.train.steps
 
-    def trained(command: list[str], **_: Any) -> Any:
+    def trained(_: Children, command: list[str], **options: Any) -> int:
         write_state(run, steps)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
     def full(path: Path, text: str, **options: Any) -> int:
         """A disk on which half of a result fits."""
@@ -148,14 +151,14 @@ def test_a_result_that_could_not_be_written_whole_is_measured_again(
         whole(path, text[: len(text) // 2], **options)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("launch.compare.subprocess.run", trained)
+    monkeypatch.setattr("launch.compare.Children.run", trained)
     monkeypatch.setattr("launch.compare.measure", lambda _: {"steps": steps})
     whole = Path.write_text
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
         with pytest.raises(OSError, match="No space left"):
-            finish(run, threads=1)
-    outcome = finish(run, threads=1)
+            finish(run, threads=1, children=Children())
+    outcome = finish(run, threads=1, children=Children())
     assert outcome is not None
     assert outcome["steps"] == steps
 
