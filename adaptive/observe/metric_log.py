@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,17 +84,26 @@ class MetricLog:
             self.writer.add_image(name, image_HWC, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Give what was written to the operating system."""
+        """Bring what was written to the disk; TensorBoard's events to the operating system.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         self._file.flush()
+        os.fsync(self._file.fileno())
         self._flushed = time.monotonic()
         if self.writer is not None:
             self.writer.flush()
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
-        if self.writer is not None:
-            self.writer.close()
+        try:
+            self.flush()
+        finally:
+            # What the first of them could not write, the others try again.
+            with suppress(OSError):
+                self._file.close()
+            if self.writer is not None:
+                self.writer.close()
 
     def __enter__(self) -> MetricLog:
         return self
@@ -103,7 +114,9 @@ class MetricLog:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self.close()
+        # A disk that is full by now must not hide the error that ends the run.
+        with suppress(OSError) if error is not None else nullcontext():
+            self.close()
 
     def _line(self, content: dict[str, Any]) -> None:
         self._file.write(json.dumps(content, allow_nan=False) + "\n")

@@ -153,6 +153,11 @@ class Monitor:
                 kept_BS = record.chosen.unflatten(0, (-1, grid[0] * grid[1]))
                 self._log.image(step, f"routing/{record.name}/kept", patch_map(kept_BS, grid))
 
+    def flush(self) -> None:
+        """Let what was written so far outlive this process and machine (`MetricLog.flush`)."""
+        if self._log is not None:
+            self._log.flush()
+
     def _flops(self) -> tuple[Tensor | float, Tensor | float]:
         """Executed and nominal operations of the window on this rank, forward and backward."""
         if not self._counts_flops or not self._lengths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from launch.checkpoint.state import RunState, WholeState
 from launch.run.config import load_saved
 from launch.run.engine import Engine
 from launch.run.errors import BadInput
+from launch.run.marks import Marks
 from launch.run.optimizer import learning_rate_at
 from launch.run.ranks import StopRequest, is_first
 from launch.run.sections import RunConfig
@@ -81,6 +83,7 @@ class Loop:
         task, engine: of this phase.
         monitor: is shown what was routed; None: nobody.
         stop: whether this process was asked to end.
+        marks: are told how far it is; None: nobody.
     """
 
     def __init__(
@@ -92,9 +95,12 @@ class Loop:
         state: RunState,
         stop: StopRequest,
         monitor: Monitor | None = None,
+        marks: Marks | None = None,
     ) -> None:
         self.config, self.task, self.engine = config, task, engine
         self.state, self.stop, self.monitor = state, stop, monitor
+        self._mark = Marks() if marks is None else marks
+        self._done: set[str] = set()
         self.root = Path(config.output) / "checkpoints"
         self._unmoved = [n for n, p in engine.named_parameters() if p.requires_grad]
         self._takes_census = True
@@ -106,6 +112,7 @@ class Loop:
         """Take one optimizer step on the next rows of the stream."""
         train, mesh, engine = self.config.train, self.engine.mesh, self.engine
         number = self.state.phase_step
+        self._begin("batch")
         rows = range(self.state.rows, self.state.rows + train.batch_size)
         tokens = self.task.tokens(rows)
         start_step = getattr(engine.model, "start_step", None)
@@ -121,9 +128,12 @@ class Loop:
         records: list[RoutingRecord] = []
         for own, batch in parts:
             self._seed(own)
+            self._begin("forward")
             with RoutingTape(engine.model, scope=scope) as tape:
                 loss_sum = engine.forward(batch)
+            self._begin("backward")
             engine.backward(loss_sum * (engine.replicas / tokens) + tape.loss())
+            self._begin("optimizer step")
             engine.step(learning_rate_at(number, train))
             if self.monitor is not None:
                 self.monitor.observe(tape)
@@ -136,6 +146,7 @@ class Loop:
         loss, executed, nominal, stop = sums.tolist()
         report = StepReport(loss / tokens, tokens, executed, nominal, stop > 0, records)
         self._advance(report)
+        self._done |= {"batch", "forward", "backward", "optimizer step"}
         self.task.after_step(engine, self.state.step)
         return report
 
@@ -155,6 +166,7 @@ class Loop:
                 rows = rows if counted else range(1)
                 self._seed(rows)
                 batch = self.task.validation_batch(rows)
+                self._begin("evaluation")
                 with RoutingTape(engine.model) as tape:
                     results = engine.forward(batch, self.task.validation_sums)
                 if counted and self.monitor is not None:
@@ -162,6 +174,7 @@ class Loop:
                 for name, (value, count) in results.items():
                     pair = torch.tensor([float(value), float(count)], dtype=torch.float64)
                     sums[name] = sums.get(name, torch.zeros_like(pair)) + pair * counted
+        self._done.add("evaluation")
         engine.train()
         metrics = {}
         for name, pair in sums.items():
@@ -181,8 +194,16 @@ class Loop:
         return calibrate(
             engine.model,
             batches,
-            forward=lambda batch: engine.forward(batch, self.task.validation_sums),
+            forward=self._calibrating,
         )
+
+    def _calibrating(self, batch: Batch) -> Any:
+        self._begin("calibration")
+        return self.engine.forward(batch, self.task.validation_sums)
+
+    def _begin(self, part: str) -> None:
+        """Leave a mark; what a phase does for the first time may be compiled, which takes long."""
+        self._mark(part, step=self.state.step, slow=part not in self._done)
 
     def save(self) -> Path:
         """Write a checkpoint of where the run is. Collective.
@@ -195,10 +216,14 @@ class Loop:
         def write(folder: Path) -> None:
             weights = self.engine.full_weights()
             shared = self.task.shared_state(self.engine)
+            self._mark("writing weights", slow=True)
             # Rank 0 may fail here, and the engine's part has collectives.
             together(lambda: self._describe(folder, weights, shared) if is_first() else None)
+            self._mark("writing the optimizer", slow=True)
             self.engine.save(folder)
+            self._mark("checking what was written", slow=True)
 
+        self._mark("gathering weights", slow=True)
         step, keep = self.state.step, self.config.checkpoint.keep
         try:
             return save_atomically(self.root, step, write, keep=keep)
@@ -214,6 +239,9 @@ class Loop:
 
     def _describe(self, folder: Path, weights: Tensors, shared: Tensors) -> None:
         """Rank 0's part of a checkpoint: all that is not the engine's."""
+        # A resume writes no step up to this one again: all that is said of them must be there.
+        if self.monitor is not None:
+            self.monitor.flush()
         for name, _ in self.engine.named_parameters():
             if not weights[name].isfinite().all():
                 raise FloatingPointError(f"weights are not finite, first of {name}")
@@ -298,6 +326,7 @@ class Loop:
         with torch.no_grad():
             for own, batch in parts:
                 self._seed(own)
+                self._begin("census")
                 with RoutingTape(self.engine.model, scope=scope):
                     self.engine.forward(batch)
         scope.finish_census()
