@@ -5,31 +5,28 @@
 is `deepspeed --num_gpus N launch/train.py --config recipes/NAME.yaml section.key=value …`, except
 that bad input ends in one line before any rank starts, N and a free port are found, SIGTERM or
 Ctrl-C reach the ranks, which save and exit 0, and nothing that was started outlives this program.
+It exits 0 when the run finished, or stopped as asked, and says what happened otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import re
 import shlex
 import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from launch.run.arguments import Parsed, parse
+from launch.run.children import stop_with_script
 from launch.run.engine import batch_split
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.preflight import check_run, meta_model
 from launch.run.ranks import free_port
+from launch.run.supervisor import REQUESTS, UNBEGUN, Supervised, supervise, uses_cuda
 from parallel.mesh import data_degree
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -38,7 +35,7 @@ TRAIN = Path(__file__).with_name("train.py")
 def main(arguments: list[str] | None = None) -> None:
     with exit_on_bad_input():
         parsed = parse(arguments, program="python -m launch.start", launcher=launcher_options())
-        ranks = count_ranks(parsed.options, gpus=torch.cuda.device_count() if _uses_cuda() else 0)
+        ranks = count_ranks(parsed.options, gpus=torch.cuda.device_count() if uses_cuda() else 0)
         port = choose_port(parsed.options.port)
         check_run(parsed.config, ranks=ranks)
     command = launcher_command(parsed, ranks=ranks, port=port)
@@ -47,8 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(plan(parsed, ranks=ranks))
         return
     hostfile = parsed.options.hostfile
-    several_nodes = hostfile is not None and len(_slots(Path(hostfile))) > 1
-    raise SystemExit(supervise(command, several_nodes=several_nodes))
+    run = Supervised(
+        output=Path(parsed.config.output),
+        hang_seconds=parsed.config.train.hang_seconds,
+        stop_seconds=parsed.config.train.stop_seconds,
+        several_nodes=hostfile is not None and len(_slots(Path(hostfile))) > 1,
+    )
+    raise SystemExit(supervise(command, run))
 
 
 def count_ranks(options: argparse.Namespace, *, gpus: int) -> int:
@@ -121,100 +123,6 @@ def plan(parsed: Parsed, *, ranks: int) -> str:
     return "\n".join(lines)
 
 
-REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-UNBEGUN = "stopped before the first step; the same command starts the run"
-
-# The shell becomes the launcher. What it leaves behind reads a pipe that this process alone holds
-# open: when this process is gone, killed with -9 too, all of the launcher's process group is ended.
-# Ranks are in that group; a parent-death signal would reach the launcher and not its children.
-_WATCHED = 'exec 3<&0; { cat <&3; kill -9 0; } >/dev/null 2>&1 & exec "$@" </dev/null 3<&-'
-
-
-def supervise(command: list[str], *, several_nodes: bool = False) -> int:
-    """Run the launcher; hand requests to stop to the ranks, so that they save.
-
-    Before some rank listens nothing has been trained, and a request ends the launcher. Ranks of
-    several nodes are not this process's: DeepSpeed's launcher is asked to end them.
-
-    Returns:
-        The exit code; 0 when the run was stopped as asked.
-    """
-    environment = dict(os.environ)
-    if not _uses_cuda():
-        environment["DS_ACCELERATOR"] = "cpu"
-        # Two ranks with two threads each on two cores are slower than with one each.
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    # Before the launcher, so that no request is lost.
-    asked: list[int] = []
-    for number in REQUESTS:
-        signal.signal(number, lambda number, _: asked.append(number))
-    # A session of its own: Ctrl-C reaches only this process, not launcher and ranks as well.
-    launcher = subprocess.Popen(
-        ["sh", "-c", _WATCHED, "sh", *command],
-        env=environment,
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-    with launcher:
-        code = _supervised(launcher, asked, several_nodes=several_nodes)
-    return code if code >= 0 else 128 - code
-
-
-def _supervised(launcher: subprocess.Popen[bytes], asked: list[int], *, several_nodes: bool) -> int:
-    """The launcher's return code; 0 when it was ended before the first step."""
-    begun, heeded = False, 0
-    while (code := launcher.poll()) is None:
-        requests = asked[heeded:]
-        if requests or not begun:
-            listening = list(_listening_ranks(launcher.pid))
-            begun = begun or bool(listening)
-        if requests:
-            heeded += len(requests)
-            if not begun and not several_nodes:
-                os.killpg(launcher.pid, signal.SIGKILL)
-                launcher.wait()
-                print(UNBEGUN, flush=True)
-                return 0
-            if heeded > 1 and signal.SIGINT in requests:
-                os.killpg(launcher.pid, signal.SIGKILL)
-            elif several_nodes:
-                launcher.terminate()
-            for pid in listening:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-        time.sleep(0.2)
-    return code
-
-
-def _listening_ranks(launcher: int) -> Iterator[int]:
-    """Ranks that SIGTERM asks to save; it kills one that has not got so far."""
-    import psutil
-
-    for process in psutil.Process(launcher).children(recursive=True):
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        if any(word.startswith("--local_rank") for word in words) and _listens(process.pid):
-            yield process.pid
-
-
-def _listens(pid: int) -> bool:
-    """Whether a process handles SIGTERM (`StopRequest`), where the system says so."""
-    if not Path("/proc/self/status").exists():
-        return True
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-
-def _uses_cuda() -> bool:
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-
-
 def _slots(path: Path) -> list[int]:
     """Ranks of each host of a hostfile."""
     try:
@@ -255,4 +163,5 @@ if __name__ == "__main__":
     # While the checks run; `supervise` takes over.
     for request in REQUESTS:
         signal.signal(request, _end_at_once)
+    stop_with_script()
     main()

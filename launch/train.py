@@ -29,11 +29,16 @@ from adaptive.observe.monitor import Monitor
 from launch.checkpoint.files import read_state
 from launch.checkpoint.state import RunState
 from launch.run.arguments import parse
+from launch.run.children import stop_with_script
 from launch.run.config import save_resolved
 from launch.run.engine import Engine
 from launch.run.errors import BadInput, exit_on_bad_input
+from launch.run.failures import clear as clear_errors
+from launch.run.failures import report
 from launch.run.folder import how_to_continue, only_run_in, where_to_start
 from launch.run.loop import Loop, RunFailed
+from launch.run.marks import ENDS, FAILED, FINISHED, STOPPED, Marks
+from launch.run.marks import clear as clear_marks
 from launch.run.optimizer import learning_rate_at
 from launch.run.preflight import changed_settings, check_continues, check_run
 from launch.run.progress import Progress, farewell
@@ -50,23 +55,36 @@ def main(arguments: list[str] | None = None) -> None:
         config = parse(arguments, program="launch/train.py").config
         # On every rank: they end together, rank 0 says why.
         check_run(config, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        marks = Marks()
         try:
-            run(config)
+            run(config, marks)
         except RunFailed as failure:
             if is_first():
                 print(f"error: {failure}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
+        except BadInput:
+            raise
+        except Exception as error:
+            if not marks.opened:
+                raise
+            report(error, output=Path(config.output), rank=dist.get_rank(), mark=marks.last)
+            raise SystemExit(1) from None
         finally:
+            if marks.last.at not in ENDS:
+                marks(FAILED)
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
-def run(config: RunConfig) -> None:
-    """Train all phases, from the newest checkpoint or from nothing."""
+def run(config: RunConfig, marks: Marks | None = None) -> None:
+    """Train all phases, from the newest checkpoint or from nothing; `marks` say how far it is."""
+    marks = Marks() if marks is None else marks
     device = join_ranks()
     with ExitStack() as held:
         source = _agreed(lambda: _begin(config, held))
-        _run_phases(config, source, device)
+        marks.open(Path(config.output), dist.get_rank())
+        stopped = _run_phases(config, source, device, marks)
+    marks(STOPPED if stopped else FINISHED, slow=True)
 
 
 def _begin(config: RunConfig, held: ExitStack) -> Path | None:
@@ -74,12 +92,14 @@ def _begin(config: RunConfig, held: ExitStack) -> Path | None:
     output = Path(config.output)
     held.enter_context(only_run_in(output))
     source = where_to_start(config)
+    clear_marks(output)
+    clear_errors(output)
     save_resolved(config, output / "run.yaml")
     return source
 
 
-def _run_phases(config: RunConfig, source: Path | None, device: torch.device) -> None:
-    """Train all phases from a checkpoint; say where everything is."""
+def _run_phases(config: RunConfig, source: Path | None, device: torch.device, marks: Marks) -> bool:
+    """Train all phases from a checkpoint; say where everything is. Whether it was stopped."""
     begun = time.perf_counter()
     mesh = Mesh.create(**vars(config.parallel))
     stop = StopRequest()
@@ -106,6 +126,7 @@ def _run_phases(config: RunConfig, source: Path | None, device: torch.device) ->
                 device=device,
                 stop=stop,
                 log=log,
+                marks=marks,
             )
     if is_first():
         assert source is not None
@@ -122,6 +143,7 @@ def _run_phases(config: RunConfig, source: Path | None, device: torch.device) ->
             ),
             flush=True,
         )
+    return stopped
 
 
 def _run_phase(
@@ -134,20 +156,23 @@ def _run_phase(
     device: torch.device,
     stop: StopRequest,
     log: MetricLog | None,
+    marks: Marks,
 ) -> tuple[Path, RunState, bool]:
     """Train one phase to its end, or until asked to stop; returns the checkpoint it ends with."""
+    marks("building the engine", step=state.step, slow=True)
     task = task_class(config.task)(config, mesh=mesh, device=device)
     engine = Engine(config, task, mesh=mesh, device=device)
     monitor = Monitor(
         engine.model, log=log, every=config.monitor.every, group=mesh.token_group, device=device
     )
-    loop = Loop(config, task, engine, state=state, stop=stop, monitor=monitor)
+    loop = Loop(config, task, engine, state=state, stop=stop, monitor=monitor, marks=marks)
     train = config.train
     name = run_config.phases[state.phase].name if run_config.phases else "step"
     progress = Progress(steps=train.steps, every=train.log_every, name=name, speak=is_first())
     progress.say(engine.audit)
     task.start_phase(engine)
     if source is not None:
+        marks("reading a checkpoint", slow=True)
         loop.load(source, moments=_keeps_moments(run_config, state))
         progress.say(f"continuing from {source}")
         # At the beginning of a phase other settings are what it is for.
@@ -189,6 +214,7 @@ def _run_phase(
             _heed(monitor.end_evaluation(step, named), config, progress)
         images = config.monitor.images_every
         if _due(number, images) if images else evaluates:
+            marks("pictures", slow=True)
             monitor.histograms(step, report.records)
             task.report(engine, step, None if log is None else log.writer)
         checkpoint = None
@@ -249,4 +275,5 @@ def _agreed(find: Callable[[], Path | None]) -> Path | None:
 
 
 if __name__ == "__main__":
+    stop_with_script()
     main()

@@ -57,6 +57,11 @@ class TrainConfig:
             a token is executed when its predictor finds that more likely than not.
         move_within: every parameter must have had a gradient within this many steps, or the run
             stops and names it; 0: not checked.
+        hang_seconds: seconds without a sign of progress of any rank (a micro-batch, a part of an
+            evaluation or checkpoint) after which the run is ended, and what hangs is named; four
+            times as many where compilation or files may take long; 0: never.
+        stop_seconds: seconds in which ranks that are asked to end (SIGTERM) save and end before
+            they are killed.
         growth: a list of {step, tokens, ffn_tokens}: parameter tokens of a TokenFormer from that
             step on; each stage between two growths is a phase with its own warm-up and cosine.
     """
@@ -79,6 +84,8 @@ class TrainConfig:
     log_every: int = 10
     calibrate_rows: int = 0
     move_within: int = 1
+    hang_seconds: float = 300.0
+    stop_seconds: float = 30.0
     growth: list[GrowthConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -88,6 +95,8 @@ class TrainConfig:
         # Adam divides the rate by 1 - beta1 at first, and multiplies it by the decay.
         _within(self, 0, 1e6, "learning_rate", "weight_decay")
         _within(self, 0, _LARGEST, "gradient_clip", "eps")
+        _within(self, 0, 1e7, "hang_seconds")
+        _within(self, 5, 1e7, "stop_seconds")
         _within(self, 0, 1, "final_learning_rate")
         if not self.eps:
             # Adam divides by the root of a second moment, which is 0 where no gradient has been.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from launch.checkpoint.files import find_checkpoint, load_model, read_state
 from launch.run.config import from_mapping
 from launch.train import run
 from parallel.checkpoint import newest_intact
+from tests.distributed.failing import ROW
 from tests.distributed.runs import make_loop, tiny_config, train_few, write_text
 from tests.ranks import run_ranks
 
@@ -95,6 +98,10 @@ class Started:
         wanted = f"--local_rank={number}"
         return next(p for p in self.descendants() if wanted in p.cmdline())
 
+    def launcher(self) -> psutil.Process:
+        """The one that starts the ranks, not the one that starts it."""
+        return next(p for p in self.descendants() if "deepspeed.launcher.launch" in p.cmdline())
+
     def end(self) -> tuple[int, str]:
         out, _ = self.process.communicate(timeout=90)
         return self.process.returncode, "".join(self.lines) + out
@@ -106,30 +113,71 @@ class Started:
             self.process.wait()
 
 
-@pytest.mark.timeout(240)
-def test_a_rank_killed_at_a_random_step_leaves_the_loss_curve_as_it_would_have_been(
-    folder: Path, undisturbed: dict[int, float]
-) -> None:
-    tree = long_run(folder, "killed")
-    step = random.SystemRandom().randint(12, STEPS // 2)
+def interrupted(
+    tree: dict[str, Any], folder: Path, step: int, interrupt: Callable[[Started], None]
+) -> str:
+    """A run that something ends after a step: not with exit code 0, and nothing is left of it."""
     started = Started(tree, folder)
     try:
-        started.wait_for(f"step  1/{STEPS}")
-        everyone, victim = started.descendants(), started.rank(1)
         started.wait_for(f"step {step}/{STEPS}")
-        victim.kill()
-        code, _ = started.end()
+        everyone = started.descendants()
+        interrupt(started)
+        code, said = started.end()
     finally:
         started.close()
-    assert code != 0
+    assert code not in (0, 2), said
     _, alive = psutil.wait_procs(everyone, timeout=10)
     assert not alive
+    return said
+
+
+@pytest.mark.timeout(300)
+def test_what_is_killed_leaves_the_loss_curve_as_it_would_have_been(
+    folder: Path, undisturbed: dict[int, float]
+) -> None:
+    """Rank 0 writes the log: no step of it is missing and none is there twice."""
+    tree = long_run(folder, "killed")
+    step = random.SystemRandom().randint(12, STEPS // 2)
+    said = interrupted(tree, folder, step, lambda started: started.rank(0).kill())
+    assert re.search(r"error: rank 0 \(process \d+\) was killed, or ended without a word, at", said)
+    assert "Traceback" not in said
+    assert "in all_reduce" in (folder / "killed" / "errors" / "rank-1.txt").read_text()
     reached = newest_intact(folder / "killed" / "checkpoints")
     assert reached is not None
     assert 10 <= read_state(reached).step < STEPS
+
+    # DeepSpeed's own exit code would be 0.
+    said = interrupted(tree, folder, STEPS - 20, lambda started: started.launcher().kill())
+    assert "error: the launcher of the ranks ended before the run did" in said
     run_ranks(run_tree, 2, tree, timeout=120)
     # Not one digit differs: the same operations in the same order.
+    lines = read_metrics(folder / "killed" / "metrics.jsonl")
+    trained = [line["step"] for line in lines if "loss/train" in line]
+    assert trained == list(range(1, STEPS + 1)), f"killed after step {step}"
     assert losses(folder / "killed") == undisturbed, f"killed after step {step}"
+
+
+@pytest.mark.timeout(300)
+def test_the_rank_at_fault_is_named(folder: Path) -> None:
+    tree = long_run(folder, "faulty", hang_seconds=8.0)
+    tree["task"] = "tests.distributed.failing:FailingTask"
+    errors = folder / "faulty" / "errors"
+    said = interrupted(tree, folder, 40, lambda _: None)
+    # Of rank 1 alone: rank 0's collective broke when rank 1 was gone.
+    assert said.count("Traceback") == 1
+    assert "rank 1, step 45, batch\nTraceback" in said
+    assert f"ValueError: row {ROW} has no text" in said
+    assert f"error: rank 1 failed first, at step 45; tracebacks of the ranks: {errors}" in said
+    assert "ValueError" in (errors / "rank-1.txt").read_text()
+    assert "a collective with a rank that was gone" in (errors / "rank-0.txt").read_text()
+
+    tree["task"] = "language_model"
+    said = interrupted(tree, folder, 50, lambda started: started.rank(1).suspend())
+    assert "for train.hang_seconds=8: hanging: rank 1" in said
+    assert re.search(r"rank 0: step 5\d, .*, waits in \w+\n", said)
+    assert re.search(r"rank 1: step 5\d, .*, is stopped \(SIGSTOP\)\n", said)
+    assert re.search(r'File ".*", line \d+ in main', said)
+    assert all((errors / f"rank-{rank}.txt").read_text().count("in step") for rank in (0, 1))
 
 
 @pytest.mark.timeout(240)
