@@ -3,6 +3,8 @@
 # make test-all  and what is marked slow
 # make test-backends   the whole suite on each backend that a CPU has; triton's kernels interpreted,
 #                which takes long: BACKENDS="reference torch" or TESTS=tests/adaptive/blocks for less
+# make soak      100 kills, signals, full disks, damaged checkpoints, bad configurations and 20,000 steps;
+#                takes an hour or two, and goes on where it was (runs/soak); SOAK="kills --tries 20"
 # make lint      ruff and mypy
 # PYTHON=/path/to/python uses an existing environment (a GPU machine that has its torch);
 # without it everything is installed into .venv, at the versions of requirements.lock.
@@ -19,7 +21,7 @@ SOURCES := adaptive parallel launch tests benchmarks setup.py
 # Every KEY=VALUE of make's command line goes to the recipe, but for variables of this file and what
 # programs read from their environment. MAKEOVERRIDES has the last one first, and blanks as `\ `.
 NOT_KEYS := RECIPE PYTHON BACKENDS TESTS VENV BASE_PYTHON TORCH TORCH_CPU_INDEX SOURCES SHELL \
-  OUTPUT ADAPTIVE_BACKEND DS_ACCELERATOR CUDA_VISIBLE_DEVICES OMP_NUM_THREADS TRITON_INTERPRET
+  OUTPUT ADAPTIVE_BACKEND SOAK DS_ACCELERATOR CUDA_VISIBLE_DEVICES OMP_NUM_THREADS TRITON_INTERPRET
 GIVEN = $(foreach word,$(subst \ ,_,$(subst \\,_,$(MAKEOVERRIDES))),$(firstword $(subst =, ,$(word))))
 reversed = $(if $(1),$(call reversed,$(wordlist 2,$(words $(1)),$(1))) $(firstword $(1)))
 quoted = '$(subst ','\'',$(1))'
@@ -33,7 +35,7 @@ else
   READY :=
 endif
 
-.PHONY: train test test-all test-backends lint clean
+.PHONY: train test test-all test-backends soak lint clean
 
 train: $(READY)
 	@test -f recipes/$(RECIPE).sh || { echo "RECIPE=$(RECIPE): must be one of $(sort $(basename $(notdir $(wildcard recipes/*.sh))))" >&2; exit 2; }
@@ -51,6 +53,9 @@ test-backends: $(READY)
 	  ADAPTIVE_BACKEND=$$backend TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 	  $(RUN) -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --timeout 1200 \
 	  --durations 15 $(TESTS) || status=1; done; exit $$status
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m tests.soak $(SOAK)
 
 lint: $(READY)
 	$(RUN) -m ruff check $(SOURCES)

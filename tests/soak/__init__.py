@@ -1,0 +1,1 @@
+"""Trying to lose something: `make soak`, or `python -m tests.soak PART`."""
