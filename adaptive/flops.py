@@ -36,7 +36,11 @@ __all__ = [
 
 Shape = int | Sequence[int] | TokenLayout | Work
 
-_BUILT_FROM = {"DecoderConfig": "Decoder", "DiffusionConfig": "DiffusionTransformer"}
+_BUILT_FROM = {
+    "DecoderConfig": "Decoder",
+    "DiffusionConfig": "DiffusionTransformer",
+    "VisionConfig": "VisionTransformer",
+}
 
 
 def planned_flops(

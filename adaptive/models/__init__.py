@@ -10,6 +10,8 @@ _HOME = {
     "DecoderConfig": "adaptive.models.decoder.model",
     "DiffusionConfig": "adaptive.models.diffusion.model",
     "DiffusionTransformer": "adaptive.models.diffusion.model",
+    "VisionConfig": "adaptive.models.vision.model",
+    "VisionTransformer": "adaptive.models.vision.model",
 }
 
 __all__ = sorted(_HOME)
