@@ -29,6 +29,8 @@ _HOME = {
     "SizedFeedForward": "adaptive.blocks.sized_feed_forward",
     "SkipLayer": "adaptive.blocks.skip_layer",
     "SparseDenseFusion": "adaptive.blocks.sprint",
+    "TokenMerging": "adaptive.blocks.token_merging",
+    "TokenMergingConfig": "adaptive.blocks.token_merging",
 }
 
 __all__ = sorted(_HOME)

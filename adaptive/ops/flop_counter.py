@@ -220,6 +220,11 @@ class FlopCounter:
         forward = 4 * heads * head_dim
         self._add(work, forward, 2 * forward, pair=True, repeated=forward / 2)
 
+    def comparison(self, width: int, work: Work) -> None:
+        """Every token's product with every key, no gradient: a matching's, no part of nominal."""
+        if not self._nominal:
+            self._add(work, 2 * width, 0, pair=True)
+
     def chosen(self, module: nn.Module, *, planned: Work, dense: Work) -> Work:
         """The work that a routed module really did, as its records say.
 

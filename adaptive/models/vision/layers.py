@@ -5,15 +5,17 @@ Shape legend: T packed tokens, D width, F feed-forward width, H heads, h head wi
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.token_merging import Heads
 from adaptive.models.diffusion.layers import AxialRotary, ColumnLinear, RowLinear, rotate_pairs
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
 from parallel.mesh import Mesh
-from parallel.tensor import enter_tensor_region
+from parallel.tensor import enter_tensor_region, leave_tensor_region
 
 
 class VisionAttention(nn.Module):
@@ -41,8 +43,8 @@ class VisionAttention(nn.Module):
         layout: TokenLayout,
         rotary: AxialRotary | None = None,
         key_bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The update [T, D], and the keys [T, H, h] of this rank's heads before any rotation."""
+    ) -> tuple[Tensor, Heads]:
+        """The update [T, D], and what this rank's heads compared."""
         x_TD = enter_tensor_region(x_TD, self.mesh)
         shape = (self.heads, self.head_dim)
         q_THh = self.query(x_TD).unflatten(-1, shape)
@@ -58,7 +60,7 @@ class VisionAttention(nn.Module):
         attended_THh = varlen_attention(
             q_THh, k_THh, v_THh, queries=layout, causal=False, key_bias=key_bias
         )
-        return self.output(attended_THh.flatten(-2)), unrotated_THh
+        return self.output(attended_THh.flatten(-2)), Heads(q_THh, k_THh, unrotated_THh)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """Four projections, and attention of all heads."""
@@ -124,13 +126,20 @@ class VisionLayer(nn.Module):
         layout: TokenLayout,
         rotary: AxialRotary | None = None,
         key_bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The tokens after attention, and their keys [T, H, h]."""
-        update_TD, k_THh = self.attention(
+    ) -> tuple[Tensor, Heads]:
+        """The tokens after attention, and what its heads compared."""
+        update_TD, heads = self.attention(
             self.attention_norm(x_TD), layout=layout, rotary=rotary, key_bias=key_bias
         )
-        return x_TD + update_TD, k_THh
+        return x_TD + update_TD, heads
 
     def feed_forward(self, x_TD: Tensor) -> Tensor:
         """The tokens after the feed-forward."""
         return x_TD + self.ffn(self.ffn_norm(x_TD))
+
+    @torch.no_grad()
+    def mean_over_heads(self, x_THc: Tensor) -> Tensor:
+        """[T, c]: the mean over the heads of all tensor ranks."""
+        mesh = self.attention.mesh
+        sum_Tc = leave_tensor_region(x_THc.detach().sum(1), mesh)
+        return sum_Tc / (self.attention.heads * mesh.tensor)

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from adaptive.blocks.token_merging import TokenMerging, TokenMergingConfig
 from adaptive.models.diffusion.layers import AxialRotary, patchify
 from adaptive.models.vision.layers import VisionLayer
 from adaptive.ops.flop_counter import FlopCounter, Work
@@ -40,6 +41,7 @@ class VisionConfig:
             size where they were merged.
         positions: "learned", added to every token, or "rotary", 2-D, in attention.
         norm_eps: of the layer norms.
+        token_merging: layers in which like tokens become one, or None.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -55,6 +57,7 @@ class VisionConfig:
     pooling: Pooling = "class_token"
     positions: Positions = "learned"
     norm_eps: float = 1e-6
+    token_merging: TokenMergingConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -138,15 +141,7 @@ class VisionTransformer(nn.Module):
         else:
             self.rotary = AxialRotary(config.dim // config.num_heads, config.grid)
         self.layers = nn.ModuleList(
-            VisionLayer(
-                config.dim,
-                config.num_heads,
-                ffn_dim=config.ffn_width,
-                norm_eps=config.norm_eps,
-                prefix=config.prefix,
-                mesh=mesh,
-            )
-            for _ in range(config.num_layers)
+            build_layer(config, index, mesh) for index in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.head = Linear(config.dim, config.num_classes)
@@ -166,10 +161,16 @@ class VisionTransformer(nn.Module):
     def features(self, x_BCHW: Tensor) -> tuple[Tensor, Grouping]:
         """Normed hidden states [G, D] of what is left of the tokens, and who is in which group."""
         hidden_TD, layout = self._embed(x_BCHW)
-        grouping = Grouping.whole(layout)
+        whole, sizes = Grouping.whole(layout), None
         for layer in self.layers:
-            hidden_TD = layer(hidden_TD, layout=layout, rotary=self.rotary)
-        return self.norm(hidden_TD), grouping
+            if not isinstance(layer, TokenMerging):
+                hidden_TD = layer(hidden_TD, layout=layout, rotary=self.rotary)
+                continue
+            hidden_TD, grouping = layer(hidden_TD, layout=layout, sizes=sizes, rotary=self.rotary)
+            if grouping is not None:
+                whole = whole.then(grouping)
+                layout, sizes = grouping.layout, grouping.sizes
+        return self.norm(hidden_TD), whole
 
     def _embed(self, x_BCHW: Tensor) -> tuple[Tensor, TokenLayout]:
         config = self.config
@@ -209,4 +210,23 @@ class VisionTransformer(nn.Module):
         count.linear(patches.in_features, patches.out_features, image, input_grad=False)
         for layer in self.layers:
             count(layer, work)
+            if isinstance(layer, TokenMerging):
+                work = layer.merged(count, work)
         count(self.head, work.of_samples)
+
+
+def build_layer(config: VisionConfig, index: int, mesh: Mesh) -> nn.Module:
+    """Layer `index`, merging where the configuration says so."""
+    layer = VisionLayer(
+        config.dim,
+        config.num_heads,
+        ffn_dim=config.ffn_width,
+        norm_eps=config.norm_eps,
+        prefix=config.prefix,
+        mesh=mesh,
+    )
+    if config.token_merging is None:
+        return layer
+    return config.token_merging.wrap(
+        layer, index=index, num_layers=config.num_layers, protected=config.prefix
+    )
