@@ -225,8 +225,9 @@ class TokenMerging(nn.Module):
             record.planned_share = 1 - self.amount
         if grouping is not None:
             # Who stands for its group, and how much the largest group stands for.
-            own_T = grouping.positions[grouping.group]
-            record.chosen = own_T == layout.positions
+            assert grouping.representatives is not None
+            stands_T = torch.zeros(layout.tokens, dtype=torch.bool, device=grouping.group.device)
+            record.chosen = stands_T.index_fill(0, grouping.representatives, True)
             if grouping.groups:
                 record.statistics["largest_group"] = grouping.sizes.amax().detach()
         tape.record(self, record)

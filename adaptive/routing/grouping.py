@@ -31,6 +31,8 @@ class Grouping:
         weights: float [T] or None (ones), differentiable: what a member counts in its group's mean
             beside its size.
         complete: True where no token is dropped, known to the maker; spares a masked product.
+        representatives: int64 [G], the token of the source that each group stands in the place of,
+            where the maker knows it.
 
     Source: ToMe, arXiv 2210.09461, section 3; the sizes also in PiToMe, arXiv 2405.16148.
     """
@@ -42,6 +44,7 @@ class Grouping:
     max_seqlen: int | None = None
     weights: Tensor | None = None
     complete: bool = False
+    representatives: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -81,8 +84,8 @@ class Grouping:
 
     def then(self, later: Grouping) -> Grouping:
         """This grouping, and then `later`, which groups the groups of this one."""
-        inner = self.group.clamp(min=0)
-        group = later.group[inner].masked_fill(self.group < 0, -1)
+        group = later.group[self.group.clamp(min=0)].masked_fill(self.group < 0, -1)
+        own, theirs = self.representatives, later.representatives
         return Grouping(
             group,
             later.sizes,
@@ -90,6 +93,7 @@ class Grouping:
             later.positions,
             later.max_seqlen,
             complete=self.complete and later.complete,
+            representatives=None if own is None or theirs is None else own[theirs],
         )
 
     @staticmethod
@@ -99,7 +103,13 @@ class Grouping:
         if sizes is None:
             sizes = torch.ones(layout.tokens, device=tokens.device)
         return Grouping(
-            tokens, sizes, layout.cu_seqlens, layout.positions, layout.max_seqlen, complete=True
+            tokens,
+            sizes,
+            layout.cu_seqlens,
+            layout.positions,
+            layout.max_seqlen,
+            complete=True,
+            representatives=tokens,
         )
 
     @staticmethod
@@ -115,6 +125,7 @@ class Grouping:
             selection.positions,
             selection.max_seqlen,
             selection.weights,
+            representatives=chosen,
         )
 
     @staticmethod
@@ -163,6 +174,7 @@ class Grouping:
             layout.positions[representatives],
             longest,
             complete=complete,
+            representatives=representatives,
         )
 
     @staticmethod

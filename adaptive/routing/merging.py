@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -311,15 +312,7 @@ def mctf(
     if sizes_T is None:
         sizes_T = torch.ones(layout.tokens, device=metric_TC.device)
     made = _grouping(match, metric_TC, layout, sizes_T, protected_T, attention_T, sizes_T)
-    return Grouping(
-        made.group,
-        made.sizes,
-        made.cu_seqlens,
-        made.positions,
-        made.max_seqlen,
-        attention_T,
-        complete=True,
-    )
+    return replace(made, weights=attention_T)
 
 
 def _mctf_scores(

@@ -84,6 +84,7 @@ def sampling_config(run: RunConfig, options: argparse.Namespace) -> SamplingConf
         "scale": options.scale,
         "guidance_low": low,
         "guidance_high": high,
+        "merge": options.merge,
     }
     changes = {name: value for name, value in given.items() if value is not None}
     try:
@@ -144,6 +145,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="times between which guidance applies; 0 is data, 1 is noise",
+    )
+    parser.add_argument(
+        "--merge", type=float, help="share of tokens that merge around attention (ToMeSD), e.g. 0.5"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=100, help="images sampled at once")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive.flops import planned_flops
+from adaptive.models.diffusion.merging import merged_attention
 from adaptive.models.diffusion.model import DiffusionTransformer, Guidance
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -36,6 +37,7 @@ class SamplingConfig:
         scale: guidance scale w of `v_u + w (v_c - v_u)`.
         guidance_low, guidance_high: times between which guidance applies; outside, the
             conditional velocity alone is used.
+        merge: share of the tokens that merge around every attention (ToMeSD); 0: none.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -46,6 +48,7 @@ class SamplingConfig:
     scale: float = 2.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
+    merge: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(Sampler):
@@ -63,6 +66,9 @@ class SamplingConfig:
                 f"guidance_low={self.guidance_low}, guidance_high={self.guidance_high}: "
                 f"must be 0 <= low <= high <= 1"
             )
+
+        if not 0 <= self.merge < 1:
+            raise ValueError(f"merge={self.merge}: must be in [0, 1)")
 
     def guides(self, t: float) -> bool:
         """Whether guidance applies at time t."""
@@ -143,9 +149,10 @@ def sample(
     model.eval()
     try:
         x = noise()
-        if config.sampler == "sde":
-            return sde(velocity, x, config.steps, noise)
-        return (heun if config.sampler == "heun" else euler)(velocity, x, config.steps)
+        with merged_attention(model, config.merge, seed=seed):
+            if config.sampler == "sde":
+                return sde(velocity, x, config.steps, noise)
+            return (heun if config.sampler == "heun" else euler)(velocity, x, config.steps)
     finally:
         model.train(training)
 
@@ -175,12 +182,12 @@ def operations_per_image(model: DiffusionTransformer, config: SamplingConfig) ->
     guided = sum(config.guides(t) for t in times)
     training = model.training
     model.eval()
-    plain = planned_flops(model, 1, model.config.tokens)
+    with merged_attention(model, config.merge):
+        plain = planned_flops(model, 1, model.config.tokens)
+        guidance: Guidance = "path_drop" if config.guidance == "path_drop" else "classifier_free"
+        of_guided = model.guided_flops(1, guidance=guidance) if guided else 0
     model.train(training)
-    if not guided:
-        return plain * len(times)
-    guidance: Guidance = "path_drop" if config.guidance == "path_drop" else "classifier_free"
-    return guided * model.guided_flops(1, guidance=guidance) + (len(times) - guided) * plain
+    return guided * of_guided + (len(times) - guided) * plain
 
 
 def _intervals(steps: int) -> list[tuple[float, float]]:
