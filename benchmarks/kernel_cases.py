@@ -22,7 +22,6 @@ from adaptive.ops.cross_entropy import cross_entropy
 from adaptive.ops.expert_feed_forward import expert_feed_forward
 from adaptive.ops.grouped_linear import grouped_linear
 from adaptive.ops.pack import combine, combine_, pack
-from adaptive.ops.pack_norm import pack_norm
 from adaptive.ops.parameter_attention import parameter_attention
 from adaptive.ops.permute import permute, unpermute
 from adaptive.ops.ranking import highest_columns, order_by_unit
@@ -101,11 +100,6 @@ def packing(tiny: bool, quick: bool) -> Iterator[Case]:
                 inputs.append(draw(device, torch.float32, chosen))
                 return (lambda x, u, w: combine(x, u, index, w)), inputs
 
-            def make_norm(device, tokens=tokens, width=width, chosen=chosen, dtype=dtype):
-                index = torch.randperm(tokens, device=device)[:chosen].sort().values
-                inputs = [draw(device, dtype, tokens, width), draw(device, dtype, width)]
-                return (lambda x, w: pack_norm(x, index, w)[1]), inputs
-
             def make_in_place(device, tokens=tokens, width=width, chosen=chosen, dtype=dtype):
                 index = torch.randperm(tokens, device=device)[:chosen].sort().values
                 x, update = (draw(device, dtype, n, width).detach() for n in (tokens, chosen))
@@ -114,7 +108,6 @@ def packing(tiny: bool, quick: bool) -> Iterator[Case]:
             moved = 2 * chosen * row
             scattered = (tokens + chosen) * row
             yield Case("pack", label, dtype, make_pack, moved, scattered, required=0.8)
-            yield Case("pack_norm", label, dtype, make_norm, 3 * chosen * row, scattered)
             added = (2 * tokens + chosen) * row
             yield Case("combine", label, dtype, make_combine, added, 3 * chosen * row, required=0.8)
             # Rows of the stream read and written, rows of the update read; inference only.
@@ -333,5 +326,5 @@ def losses(tiny: bool, quick: bool) -> Iterator[Case]:
         size = tokens * vocabulary * dtype.itemsize
         yield Case(
             "cross_entropy", f"T {tokens} V {vocabulary}", dtype, make, size, 2 * size,
-            backends={n: n for n in ("torch", "liger", "reference")},
+            backends={n: n for n in ("torch", "reference")},
         )  # fmt: skip

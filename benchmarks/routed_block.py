@@ -16,10 +16,10 @@ import torch
 from measure import interleave, median_ratio, medians, save
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive import MixtureOfDepths, TokenLayout
 from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
+from parallel.flop_formulas import torch_flop_counter
 
 CAPACITIES = (1.0, 0.5, 0.25, 0.125)
 
@@ -37,7 +37,7 @@ def step(module: nn.Module, hidden_TD: torch.Tensor, layout: TokenLayout) -> Cal
 
 def flops(run: Callable[[], None]) -> int:
     # torch counts no operations of its CPU flash attention; this backend's products it does.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), torch_flop_counter(display=False) as counter:
         run()
     return counter.get_total_flops()
 

@@ -40,8 +40,6 @@ _OPTIONAL = {
     "triton": "our kernels, on NVIDIA GPUs",
     "flash-attn": "attention, on NVIDIA GPUs",
     "transformer-engine": "megatron-core's own layers",
-    "apex": "fused norms, on NVIDIA GPUs",
-    "liger-kernel": "fused cross-entropy, on NVIDIA GPUs",
     "tokenizers": "data.tokenizer=FILE",
     "transformers": "wrapping its models",
     "matplotlib": "plots of comparisons",

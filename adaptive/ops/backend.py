@@ -2,7 +2,7 @@
 
 An op has a reference in plain torch, which defines it, and may have faster implementations, each
 with a test of whether it can serve the tensor at hand. The fastest that can serve is used.
-`ADAPTIVE_BACKEND=reference|torch|triton|flash|liger|apex` asks for one by name; where that one
+`ADAPTIVE_BACKEND=reference|torch|triton|flash` asks for one by name; where that one
 cannot serve, the reference does, and a warning says so once a process.
 
 Triton's interpreter (`TRITON_INTERPRET=1`, set before Python starts) runs kernels on CPU tensors:
@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "torch", "triton", "flash", "liger", "apex")
+BACKENDS = ("reference", "torch", "triton", "flash")
 OPERATION_MODULES = (
     "cross_entropy",
     "expert_feed_forward",
     "grouped_linear",
     "merge",
     "pack",
-    "pack_norm",
     "parameter_attention",
     "permute",
     "ranking",
@@ -40,7 +39,7 @@ OPERATION_MODULES = (
     "varlen_attention",
 )
 _TRITON_INSTALLED = find_spec("triton") is not None
-_LIBRARIES = ("apex", "flash_attn", "flash_attn_interface", "liger_kernel")
+_LIBRARIES = ("flash_attn", "flash_attn_interface")
 # Asked once, here: torch 2.11's compiler refuses to trace find_spec. Of a module inside torch it
 # would import the packages above, and triton with them.
 _VARLEN = Path(torch.__file__).parent / "nn" / "attention" / "varlen.py"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.backend import Implementation, choose, refuses_library, register
+from adaptive.ops.backend import Implementation, choose, register
 from parallel.eager import plain_eager
 from parallel.vocab_cross_entropy import cached_rows
 
@@ -78,27 +78,5 @@ def _refuses_blocks(logits_TV: Tensor) -> str | None:
     return None if plain_eager() else "compiled, transformed or autocast"
 
 
-def _liger(logits_TV: Tensor, targets_T: Tensor, overwrite: bool) -> Tensor:
-    # Only where it is asked for: it reads three numbers back to the host, and in the backward of
-    # a loss a token it makes another [T, V].
-    if not overwrite:  # it always does
-        return _in_blocks(logits_TV, targets_T, overwrite)
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    return liger_cross_entropy(logits_TV, targets_T, reduction="none")
-
-
-def _refuses_liger(logits_TV: Tensor) -> str | None:
-    if logits_TV.dtype == torch.float64:
-        return "liger-kernel computes in float32"
-    if logits_TV.dtype != torch.float32:
-        # A loss of 10 is off by up to 0.03 in bfloat16.
-        return "liger-kernel rounds every loss to the dtype of the logits"
-    if logits_TV.shape[0] == 0:
-        return "no tokens"
-    return refuses_library("liger_kernel", logits_TV)
-
-
 register("cross_entropy", Implementation("reference", _reference))
-register("cross_entropy", Implementation("liger", _liger, _refuses_liger))
 register("cross_entropy", Implementation("torch", _in_blocks, _refuses_blocks))

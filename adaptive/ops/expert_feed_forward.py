@@ -17,11 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from adaptive.ops.backend import Implementation, choose, refuses_triton, register
 from adaptive.ops.grouped_linear import grouped_linear
+from adaptive.ops.kernels import GELU, NO_ACTIVATION, SWIGLU
+from adaptive.ops.operators import grouped_rows, grouped_weight_gradient
 from adaptive.ops.permute import pair_weights, permute, unpermute
 from parallel.autocast import computing_dtype, without_autocast
 from parallel.matrix_product import add_product, product, rounded_rows
 
 Activation = Literal["swiglu", "gelu"]
+_CODES = {"swiglu": SWIGLU, "gelu": GELU}
 CHUNK_ROWS = 1024
 """Rows computed at a time on a CPU: what lies between the two products then stays in its cache."""
 
@@ -295,23 +298,103 @@ def _refuses_chunked(x_TD: Tensor) -> str | None:
     return None
 
 
-register("expert_feed_forward", Implementation("reference", _composed))
+class KernelExpertFeedForward(torch.autograd.Function):
+    """Two grouped products by kernels, with no permuted copy of the tokens.
+
+    The first gathers tokens as it loads and applies the activation as it stores; the second scales
+    by the pair's weight and stores each row at its pair, so that a token's choices lie side by
+    side and are summed in order. The weight's gradient is `<grad act, act>`, which the activation's
+    backward has at hand: the experts' outputs are not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        up_EHD: Tensor,
+        down_EDF: Tensor,
+        pairs_N: Tensor,
+        rows_E: Tensor,
+        weights_TK: Tensor | None,
+        top_k: int,
+        activation: Activation,
+    ) -> Tensor:
+        pairs_N = pairs_N.contiguous()
+        flat = None if weights_TK is None else weights_TK.reshape(-1).contiguous()
+        code, keep = _CODES[activation], any(ctx.needs_input_grad)
+        act_NF, hidden_NH = grouped_rows(
+            x_TD, up_EHD, rows_E, pairs_N, None, top_k, True, 0, code, False, keep
+        )
+        shape = (x_TD.shape[0], top_k)
+        out_TD = _summed_rows(act_NF, down_EDF, rows_E, pairs_N, flat, shape, transposed=False)
+        ctx.save_for_backward(x_TD, up_EHD, down_EDF, pairs_N, rows_E, flat, hidden_NH)
+        ctx.top_k, ctx.code = top_k, code
+        ctx.weights = None if weights_TK is None else (weights_TK.shape, weights_TK.dtype)
+        return out_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, up_EHD, down_EDF, pairs_N, rows_E, flat, hidden_NH = ctx.saved_tensors
+        from adaptive.ops.kernels.expert_feed_forward import activation_backward
+
+        top_k = ctx.top_k
+        grad_act_NF, _ = grouped_rows(
+            grad_TD, down_EDF, rows_E, pairs_N, None, top_k, True, 0, NO_ACTIVATION, True, False
+        )
+        grad_hidden_NH, grad_flat = activation_backward(
+            grad_act_NF, hidden_NH, pairs_N, flat, ctx.code
+        )
+        act_NF = grad_act_NF
+        grad_x = grad_up = grad_down = grad_weights = None
+        if ctx.needs_input_grad[2]:
+            grad_down = grouped_weight_gradient(
+                grad_TD, act_NF, rows_E, pairs_N, top_k, True, False
+            )
+        if ctx.needs_input_grad[1]:
+            grad_up = grouped_weight_gradient(
+                grad_hidden_NH, x_TD, rows_E, pairs_N, top_k, False, True
+            )
+        if ctx.needs_input_grad[0]:
+            shape = (x_TD.shape[0], top_k)
+            grad_x = _summed_rows(
+                grad_hidden_NH, up_EHD, rows_E, pairs_N, None, shape, transposed=True
+            )
+        if ctx.weights is not None:
+            shape, dtype = ctx.weights
+            grad_weights = grad_flat.view(shape).to(dtype)
+        return grad_x, grad_up, grad_down, None, None, grad_weights, None, None
 
 
-def _kernel(
-    x_TD: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    pairs_N: Tensor,
+def _summed_rows(
+    rows_NI: Tensor,
+    weight: Tensor,
     rows_E: Tensor,
-    weights_TK: Tensor | None,
-    top_k: int,
-    activation: Activation,
+    pairs_N: Tensor,
+    scales: Tensor | None,
+    shape: tuple[int, int],
+    *,
+    transposed: bool,
 ) -> Tensor:
-    from adaptive.ops.kernels.expert_feed_forward import expert_feed_forward as kernel
+    """Every expert's product with its rows, scaled by pair, summed over each token's: [T, O]."""
+    tokens, top_k = shape
+    places = tokens * top_k
+    # Experts that choose have a place for every token and expert, and fill few of them.
+    scatter = places <= 2 * pairs_N.shape[0]
+    out, _ = grouped_rows(
+        rows_NI, weight, rows_E, pairs_N, scales, 1, False, places if scatter else 0,
+        NO_ACTIVATION, transposed, False,
+    )  # fmt: skip
+    if not scatter:
+        from adaptive.ops.kernels.permute import sum_pairs
 
-    return kernel(x_TD, up_EHD, down_EDF, pairs_N, rows_E, weights_TK, top_k, activation)
+        return sum_pairs(out, pairs_N, None, shape)
+    # torch sums low precision in float32.
+    return out if top_k == 1 else out.unflatten(0, shape).sum(1)
 
 
+register("expert_feed_forward", Implementation("reference", _composed))
 register("expert_feed_forward", Implementation("torch", _Chunked.apply, _refuses_chunked))
-register("expert_feed_forward", Implementation("triton", _kernel, refuses_triton))
+register(
+    "expert_feed_forward", Implementation("triton", KernelExpertFeedForward.apply, refuses_triton)
+)

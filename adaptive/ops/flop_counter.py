@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.routing.layout import TokenLayout
-from adaptive.routing.routers import LinearRouter
 from adaptive.routing.tape import RoutingRecord
 
 
@@ -320,13 +319,6 @@ def _linear(module: nn.Module, count: FlopCounter, work: Work) -> None:
     assert isinstance(module, nn.Linear)
     weight_grad = module.weight.requires_grad
     count.linear(module.in_features, module.out_features, work, weight_grad=weight_grad)
-
-
-@register_flops(LinearRouter)
-def _linear_router(module: nn.Module, count: FlopCounter, work: Work) -> None:
-    assert isinstance(module, LinearRouter)
-    weight_grad = module.weight.requires_grad
-    count.linear(module.dim, module.num_experts, work, weight_grad=weight_grad)
 
 
 @register_flops(nn.MultiheadAttention)

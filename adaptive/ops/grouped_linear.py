@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from adaptive.ops.kernels import NO_ACTIVATION
+from adaptive.ops.operators import grouped_rows, grouped_weight_gradient
 from parallel.autocast import computing_dtype, without_autocast
 
 
@@ -66,7 +68,9 @@ class _Loop(torch.autograd.Function):
 
 def _torch_grouped(x_NI: Tensor, weight_EOI: Tensor, rows_E: Tensor) -> Tensor:
     if any(_unaligned(width) for width in weight_EOI.shape[1:]) or _unaligned(x_NI.stride(0)):
-        return (_kernel if refuses_triton(x_NI) is None else _Loop.apply)(x_NI, weight_EOI, rows_E)
+        return (KernelGroupedLinear if refuses_triton(x_NI) is None else _Loop).apply(
+            x_NI, weight_EOI, rows_E
+        )
     offsets_E = rows_E.cumsum(0, dtype=torch.int32)
     out_NO = F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=offsets_E)
     return _ContiguousGradient.apply(out_NO)
@@ -102,12 +106,30 @@ def _unaligned(bfloat16_values: int) -> bool:
     return bfloat16_values % 8 != 0
 
 
-def _kernel(x_NI: Tensor, weight_EOI: Tensor, rows_E: Tensor) -> Tensor:
-    from adaptive.ops.kernels.grouped_linear import grouped_linear as kernel
+# Row n is loaded from n and stored to n.
+_IN_ORDER = (None, None, 1, False, 0, NO_ACTIVATION)
 
-    return kernel(x_NI, weight_EOI, rows_E)
+
+class KernelGroupedLinear(torch.autograd.Function):
+    """All experts' products in one launch."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_EOI: Tensor, rows_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NI, weight_EOI, rows_E)
+        return grouped_rows(x_NI, weight_EOI, rows_E, *_IN_ORDER, False, False)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_NI, weight_EOI, rows_E = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x, _ = grouped_rows(grad_NO, weight_EOI, rows_E, *_IN_ORDER, True, False)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grouped_weight_gradient(grad_NO, x_NI, rows_E, None, 1, False, False)
+        return grad_x, grad_weight, None
 
 
 register("grouped_linear", Implementation("reference", _Loop.apply))
-register("grouped_linear", Implementation("triton", _kernel, refuses_triton))
+register("grouped_linear", Implementation("triton", KernelGroupedLinear.apply, refuses_triton))
 register("grouped_linear", Implementation("torch", _torch_grouped, _refuses_grouped_mm))

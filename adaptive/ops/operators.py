@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptive.ops.kernels import SWIGLU
 from parallel.flop_formulas import flop_formula
-
-NO_ACTIVATION, SWIGLU, GELU = 0, 1, 2
 
 
 @torch.library.custom_op("adaptive::grouped_rows", mutates_args=())

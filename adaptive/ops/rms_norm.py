@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptive.ops.backend import Implementation, choose, refuses_library, register
+from adaptive.ops.backend import Implementation, choose, register
 from parallel.eager import plain_eager
 
 
@@ -81,20 +81,5 @@ def _refuses_few_passes(x_TD: Tensor) -> str | None:
     return None if plain_eager() else "compiled, transformed or autocast"
 
 
-def _apex(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
-
-    return fused_rms_norm_affine(x_TD, weight_D.to(x_TD.dtype), (x_TD.shape[-1],), eps)
-
-
-def _refuses_apex(x_TD: Tensor) -> str | None:
-    if x_TD.dtype == torch.float64:
-        return "apex is checked up to float32"
-    if x_TD.shape[0] == 0:
-        return "no tokens"
-    return refuses_library("apex", x_TD)
-
-
 register("rms_norm", Implementation("reference", _reference))
 register("rms_norm", Implementation("torch", _few_passes, _refuses_few_passes))
-register("rms_norm", Implementation("apex", _apex, _refuses_apex))

@@ -7,10 +7,12 @@ h head width, B sequences.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from adaptive.ops.backend import Implementation, choose, refuses_triton, register
 from adaptive.ops.library_attention import (
@@ -21,7 +23,9 @@ from adaptive.ops.library_attention import (
     refuses_torch,
     torch_attention,
 )
+from adaptive.ops.operators import attention_backward, attention_forward
 from adaptive.routing.layout import TokenLayout
+from parallel.autocast import computing_dtype
 
 
 def varlen_attention(
@@ -207,26 +211,84 @@ def _sdpa(
 _QUERY_CHUNK = 64
 
 
-def _self_kernel(
-    q_QHh: Tensor, k_QGh: Tensor, v_QGh: Tensor, *, layout: TokenLayout, causal: bool
-) -> Tensor:
-    from adaptive.ops.kernels.varlen_attention import self_attention
+class _Visibility(NamedTuple):
+    """Sequence boundaries, positions (None unless by position), longest sequences, causal mode.
 
-    return self_attention(q_QHh, k_QGh, v_QGh, layout=layout, causal=causal)
+    Modes: 0 every key of the sequence, 1 keys up to one's own place in the pack, 2 keys whose
+    position is not greater.
+    """
+
+    q_starts: Tensor
+    k_starts: Tensor
+    q_positions: Tensor | None
+    k_positions: Tensor | None
+    max_queries: int
+    max_keys: int
+    causal: int
 
 
-def _cross_kernel(
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_QHh: Tensor, k_TGh: Tensor, v_TGh: Tensor, visibility: _Visibility
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = attention_forward(q_QHh, k_TGh, v_TGh, *visibility)
+        ctx.save_for_backward(q_QHh, k_TGh, v_TGh, out, lse)
+        ctx.visibility = visibility
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q_QHh, k_TGh, v_TGh, out, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return None, None, None, None
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = attention_backward(
+            grad_out, grad_lse, q_QHh, k_TGh, v_TGh, out, lse, *ctx.visibility
+        )
+        return *grads, None
+
+
+def attention_with_lse(
     q_QHh: Tensor,
     k_TGh: Tensor,
     v_TGh: Tensor,
     *,
     queries: TokenLayout,
-    keys: TokenLayout,
-    causal: bool,
-) -> Tensor:
-    from adaptive.ops.kernels.varlen_attention import cross_attention
+    keys: TokenLayout | None = None,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `varlen_attention` by our kernels, and the log-sum-exp float32 [H, Q], differentiable.
 
-    return cross_attention(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal)
+    Outputs over parts of the keys can be joined with it: that is what ring attention does.
+    """
+    by_position = causal and keys is not None
+    keys = queries if keys is None else keys
+    visibility = _Visibility(
+        queries.cu_seqlens.contiguous(),
+        keys.cu_seqlens.contiguous(),
+        queries.positions.contiguous() if by_position else None,
+        keys.positions.contiguous() if by_position else None,
+        queries.max_seqlen,
+        keys.max_seqlen,
+        2 if by_position else int(causal),
+    )
+    dtype = computing_dtype(q_QHh)
+    return _Kernel.apply(q_QHh.to(dtype), k_TGh.to(dtype), v_TGh.to(dtype), visibility)
+
+
+def _self_kernel(
+    q_QHh: Tensor, k_QGh: Tensor, v_QGh: Tensor, *, layout: TokenLayout, causal: bool
+) -> Tensor:
+    return attention_with_lse(q_QHh, k_QGh, v_QGh, queries=layout, causal=causal)[0]
+
+
+def _cross_kernel(*qkv: Tensor, queries: TokenLayout, keys: TokenLayout, causal: bool) -> Tensor:
+    return attention_with_lse(*qkv, queries=queries, keys=keys, causal=causal)[0]
 
 
 def _refuses_kernel(q_QHh: Tensor) -> str | None:

@@ -5,18 +5,16 @@ Shape legend: T tokens, D width, P projection width, E experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.ops.flop_counter import FlopCounter, Work
 from parallel.autocast import without_autocast
 from parallel.mesh import Mesh
 from parallel.tensor import replicated
-
-if TYPE_CHECKING:
-    from adaptive.ops.flop_counter import FlopCounter, Work
 
 Gate = Literal["softmax", "sigmoid"]
 LOWEST_TEMPERATURE = 0.01

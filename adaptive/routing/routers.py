@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.routing.hyperspherical import HypersphericalRouter
 from adaptive.routing.recompute import decide
 from parallel.autocast import without_autocast
@@ -58,6 +59,11 @@ class LinearRouter(nn.Module):
         bias_E = None if self.bias is None else replicated(self.bias, self.mesh).to(dtype)
         with without_autocast(hidden_TD.device.type):
             return F.linear(hidden_TD.to(dtype), weight_ED, bias_E)
+
+    def count_flops(self, count: FlopCounter, work: Work) -> None:
+        """A score of every token for every unit."""
+        weight_grad = self.weight.requires_grad
+        count.linear(self.dim, self.num_experts, work, weight_grad=weight_grad)
 
 
 def jittered(

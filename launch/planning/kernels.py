@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKS = (
     "tests/adaptive/ops/test_kernels_grouped_linear.py",
     "tests/adaptive/ops/test_kernels_pack.py",
-    "tests/adaptive/ops/test_kernels_pack_norm.py",
     "tests/adaptive/ops/test_kernels_parameter_attention.py",
     "tests/adaptive/ops/test_kernels_ring_attention.py",
     "tests/adaptive/ops/test_kernels_routing.py",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from adaptive import MixtureOfDepths, RoutingTape
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
@@ -28,6 +28,7 @@ from adaptive.flops import (
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.selection import Selection
+from parallel.flop_formulas import torch_flop_counter
 
 WITHIN = 0.01  # The issue's bound. The formulas are exact for these models.
 CONFIG = DecoderConfig(
@@ -52,7 +53,7 @@ def counted(*, flash: bool = False) -> Iterator[list[int]]:
     """What torch counted inside: math attention keeps its scores, flash attention does not."""
     total: list[int] = []
     backend = SDPBackend.FLASH_ATTENTION if flash else SDPBackend.MATH
-    mode = FlopCounterMode(display=False, custom_mapping=_CPU_FLASH)
+    mode = torch_flop_counter(display=False, custom_mapping=_CPU_FLASH)
     with sdpa_kernel(backend), mode:
         yield total
     total.append(mode.get_total_flops())

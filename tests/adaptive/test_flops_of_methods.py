@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive import Pattention, RoutingTape
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
@@ -20,6 +19,7 @@ from adaptive.blocks.skip_layer_config import SkipLayerConfig
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.generate import Sampling, generate
+from parallel.flop_formulas import torch_flop_counter
 
 DENSE = DecoderConfig(vocab_size=61, dim=64, num_layers=4, num_heads=4, max_seq_len=64)
 METHODS = {
@@ -48,7 +48,7 @@ def model(request: pytest.FixtureRequest) -> Decoder:
 @pytest.mark.parametrize("backward", [False, True])
 def test_executed_operations_are_those_that_ran(model: Decoder, backward: bool) -> None:
     ids_BS = torch.randint(0, 61, (BATCH, LENGTH))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as mode:
+    with sdpa_kernel(SDPBackend.MATH), torch_flop_counter(display=False) as mode:
         with RoutingTape(model) as tape:
             loss = model.token_losses(ids_BS, ids_BS).mean()
         if backward:
@@ -76,7 +76,7 @@ def test_planned_operations_are_of_the_order_of_the_executed(model: Decoder) -> 
 
 def test_operations_of_generation_are_those_that_ran(model: Decoder) -> None:
     model.eval()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as mode:
+    with sdpa_kernel(SDPBackend.MATH), torch_flop_counter(display=False) as mode:
         *_, made = generate(
             model, [[1, 2, 3, 4, 5], [6]], max_new_tokens=8, sampling=Sampling(temperature=0)
         )

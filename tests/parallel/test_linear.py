@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from parallel import linear as module
 from parallel import matrix_product
+from parallel.flop_formulas import torch_flop_counter
 from parallel.linear import Linear, linear
 
 IN, OUT = 24, 40
@@ -89,7 +89,7 @@ def test_only_asked_gradients_are_computed(
 
 def test_recomputation_leaves_the_last_product_out_as_torch_does() -> None:
     first, last, x = Linear(IN, OUT), Linear(OUT, IN), torch.randn(32, IN, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
+    with torch_flop_counter(display=False) as counter:
         checkpoint(
             lambda x: last(first(x).relu()), x, use_reentrant=False
         ).square().sum().backward()
@@ -106,7 +106,7 @@ def test_a_slice_of_a_wider_weight_keeps_its_gradient() -> None:
 
 def test_operations_are_counted_forward_and_backward() -> None:
     layer, x = Linear(IN, OUT), torch.randn(32, IN, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
+    with torch_flop_counter(display=False) as counter:
         layer(x).sum().backward()
     # The gradient of a sum is an expanded number, which is no whole matrix: torch's own product.
     assert counter.get_total_flops() == 3 * 2 * 32 * IN * OUT

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adaptive.ops.kernels.grouped_tiles import autotuned, interpreted_tiles, rows_class
 from adaptive.ops.kernels.launching import (
@@ -27,8 +25,6 @@ from adaptive.ops.kernels.launching import (
     on_device,
     tile_dot,
 )
-from adaptive.ops.operators import NO_ACTIVATION, grouped_rows, grouped_weight_gradient
-from parallel.autocast import computing_dtype
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -181,31 +177,3 @@ def launch(
             PRECISION=dot_precision(a.dtype),
             **interpreted_tiles(cdiv(rows, experts), out_width, a.shape[1]),
         )
-
-
-# Row n is loaded from n and stored to n.
-_IN_ORDER = (None, None, 1, False, 0, NO_ACTIVATION)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight_EOI: Tensor, rows_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NI, weight_EOI, rows_E)
-        return grouped_rows(x_NI, weight_EOI, rows_E, *_IN_ORDER, False, False)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_NI, weight_EOI, rows_E = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x, _ = grouped_rows(grad_NO, weight_EOI, rows_E, *_IN_ORDER, True, False)
-        if ctx.needs_input_grad[1]:
-            grad_weight = grouped_weight_gradient(grad_NO, x_NI, rows_E, None, 1, False, False)
-        return grad_x, grad_weight, None
-
-
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, rows_per_expert_E: Tensor) -> Tensor:
-    """`adaptive.ops.grouped_linear.grouped_linear`."""
-    dtype = computing_dtype(x_NI)
-    return _GroupedLinear.apply(x_NI.to(dtype), weight_EOI.to(dtype), rows_per_expert_E)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import triton
 
+from adaptive.ops.kernels import SWIGLU
 from adaptive.ops.kernels.launching import INTERPRETED, interpreted_block, next_power_of_2
-from adaptive.ops.operators import SWIGLU
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:

@@ -13,13 +13,11 @@ Source of the method: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adaptive.ops.kernels.launching import (
     INTERPRETED,
@@ -29,16 +27,12 @@ from adaptive.ops.kernels.launching import (
     tile_dot,
 )
 from adaptive.ops.kernels.varlen_visibility import (
-    Visibility,
     block_grid,
     head_columns,
     interpreted_blocks,
     sequence_of,
     visible_keys,
 )
-from adaptive.ops.operators import attention_backward, attention_forward
-from adaptive.routing.layout import TokenLayout
-from parallel.autocast import computing_dtype
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -230,77 +224,3 @@ def launch(
             PRECISION=dot_precision(q_QHh.dtype),
             **blocks,
         )
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q_QHh: Tensor, k_TGh: Tensor, v_TGh: Tensor, visibility: Visibility
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = attention_forward(q_QHh, k_TGh, v_TGh, *visibility)
-        ctx.save_for_backward(q_QHh, k_TGh, v_TGh, out, lse)
-        ctx.visibility = visibility
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        q_QHh, k_TGh, v_TGh, out, lse = ctx.saved_tensors
-        if grad_out is None and grad_lse is None:
-            return None, None, None, None
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = attention_backward(
-            grad_out, grad_lse, q_QHh, k_TGh, v_TGh, out, lse, *ctx.visibility
-        )
-        return *grads, None
-
-
-def attention_with_lse(
-    q_QHh: Tensor,
-    k_TGh: Tensor,
-    v_TGh: Tensor,
-    *,
-    queries: TokenLayout,
-    keys: TokenLayout | None = None,
-    causal: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """As `adaptive.ops.varlen_attention`, and the log-sum-exp float32 [H, Q], differentiable.
-
-    Outputs over parts of the keys can be joined with it: that is what ring attention does.
-    """
-    by_position = causal and keys is not None
-    keys = queries if keys is None else keys
-    visibility = Visibility(
-        queries.cu_seqlens.contiguous(),
-        keys.cu_seqlens.contiguous(),
-        queries.positions.contiguous() if by_position else None,
-        keys.positions.contiguous() if by_position else None,
-        queries.max_seqlen,
-        keys.max_seqlen,
-        2 if by_position else int(causal),
-    )
-    dtype = computing_dtype(q_QHh)
-    return _Attention.apply(q_QHh.to(dtype), k_TGh.to(dtype), v_TGh.to(dtype), visibility)
-
-
-def self_attention(
-    q_QHh: Tensor, k_QGh: Tensor, v_QGh: Tensor, *, layout: TokenLayout, causal: bool
-) -> Tensor:
-    """`varlen_attention` of a pack to itself."""
-    return attention_with_lse(q_QHh, k_QGh, v_QGh, queries=layout, causal=causal)[0]
-
-
-def cross_attention(
-    q_QHh: Tensor,
-    k_TGh: Tensor,
-    v_TGh: Tensor,
-    *,
-    queries: TokenLayout,
-    keys: TokenLayout,
-    causal: bool,
-) -> Tensor:
-    """`varlen_attention` of a pack to another."""
-    return attention_with_lse(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal)[0]

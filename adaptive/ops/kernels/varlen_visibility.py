@@ -6,30 +6,12 @@ smallest that hold every visible pair, and the largest in which no pair is hidde
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton.language as tl
 from torch import Tensor
 
 from adaptive.ops.kernels.launching import cdiv, device_function, next_power_of_2
 
 # mypy: disable-error-code="no-untyped-def"
-
-
-class Visibility(NamedTuple):
-    """Sequence boundaries, positions (None unless by position), longest sequences, causal mode.
-
-    Modes: 0 every key of the sequence, 1 keys up to one's own place in the pack, 2 keys whose
-    position is not greater.
-    """
-
-    q_starts: Tensor
-    k_starts: Tensor
-    q_positions: Tensor | None
-    k_positions: Tensor | None
-    max_queries: int
-    max_keys: int
-    causal: int
 
 
 def head_columns(x_THh: Tensor) -> Tensor:

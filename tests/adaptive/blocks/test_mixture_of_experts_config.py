@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive import MixtureOfExperts, RoutingTape
 from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import Decoder, DecoderConfig
+from parallel.flop_formulas import torch_flop_counter
 
 DIM = 12
 
@@ -34,7 +34,7 @@ def test_a_decoder_has_experts_in_the_layers_that_its_config_names() -> None:
 def test_operations_are_those_that_torch_counts(router: Any) -> None:
     config = MixtureOfExpertsConfig(num_experts=4, router=router, shared_experts=1, top_k=2)
     model = nn.Sequential(config.feed_forward(DIM, ffn_dim=7))
-    with FlopCounterMode(display=False) as counted, RoutingTape(model) as tape, torch.no_grad():
+    with torch_flop_counter(display=False) as counted, RoutingTape(model) as tape, torch.no_grad():
         model(torch.randn(20, DIM))
     assert planned_flops(model, 1, 20) == counted.get_total_flops()
     assert float(executed_flops(model, tape.records, 1, 20)) == counted.get_total_flops()

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive import BatchScope, RoutingTape
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import DiffusionConfig, DiffusionTransformer
 from adaptive.models.diffusion.alignment import AlignmentConfig
+from parallel.flop_formulas import torch_flop_counter
 
 
 def model_with(layer: int, **options: Any) -> DiffusionTransformer:
@@ -90,7 +90,7 @@ def test_the_projector_is_counted_where_it_computes(layer: int) -> None:
     model = model_with(layer)
     model.trunk.path_drop = 0.0
     tape = RoutingTape(model)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, tape:
+    with sdpa_kernel(SDPBackend.MATH), torch_flop_counter(display=False) as counter, tape:
         model(X, T, Y, features=FEATURES)
     assert planned_flops(model, 2, 16) == counter.get_total_flops()
     assert int(executed_flops(model, tape.records, 2, 16)) == counter.get_total_flops()

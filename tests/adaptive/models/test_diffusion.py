@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive import RoutingTape, TokenLayout
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import DiffusionConfig, DiffusionTransformer
 from adaptive.models.diffusion.layers import AxialRotary, patchify, rotate_pairs, unpatchify
+from parallel.flop_formulas import torch_flop_counter
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "sprint_sit.safetensors"
 TINY = {"image_size": 8, "channels": 3, "patch_size": 2, "num_classes": 5, "dim": 32}
@@ -241,7 +241,7 @@ def test_sizes_have_the_published_parameters(size: str) -> None:
 
 def counted(model: DiffusionTransformer, call: Any) -> int:
     """Operations that torch counts in a call; plain attention, whose products it sees."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), torch_flop_counter(display=False) as counter:
         call()
     return counter.get_total_flops()
 

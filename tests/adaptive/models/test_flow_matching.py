@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive.models import DiffusionConfig, DiffusionTransformer
 from adaptive.models.diffusion.flow_matching import (
@@ -25,6 +24,7 @@ from adaptive.models.diffusion.samplers import (
     sample,
     sde,
 )
+from parallel.flop_formulas import torch_flop_counter
 
 CONFIG = DiffusionConfig(
     image_size=4,
@@ -200,7 +200,7 @@ def test_guidance_reaches_the_ends_of_its_interval() -> None:
 )
 def test_operations_per_image_are_those_that_torch_counts(config: SamplingConfig) -> None:
     net = model()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), torch_flop_counter(display=False) as counter:
         sample(net, torch.tensor([1]), config)
     assert operations_per_image(net, config) == counter.get_total_flops()
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive import MixtureOfDepths
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
@@ -16,6 +15,7 @@ from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.decode_depth import SkipDecode, generate_at_depth
 from adaptive.models.decoder.generate import Generation, Sampling, generate, non_causal_layers
 from adaptive.models.decoder.speculative import ExitAdapter, Speculator
+from parallel.flop_formulas import torch_flop_counter
 from parallel.mesh import Mesh
 
 DENSE = DecoderConfig(vocab_size=40, dim=32, num_layers=4, num_heads=4, max_seq_len=48)
@@ -100,7 +100,7 @@ def test_a_full_sequence_ends_none_beside_it_at_fewer_layers() -> None:
 @pytest.mark.parametrize("config", [DENSE, ROUTED], ids=["dense", "routed"])
 def test_operations_are_those_that_torch_counts(config: DecoderConfig) -> None:
     model = build(config)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as mode:
+    with sdpa_kernel(SDPBackend.MATH), torch_flop_counter(display=False) as mode:
         made = run(model, PROMPTS, max_new_tokens=10, sampling=Sampling(temperature=0))
     executed = made.executed_flops(model)
     assert executed == pytest.approx(mode.get_total_flops(), rel=0.01)

@@ -80,18 +80,11 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
     """One forward and backward of every op whose kernels are ours. Values mean nothing here."""
     import torch
 
-    from adaptive.ops.kernels import (
-        expert_feed_forward,
-        grouped_linear,
-        merge,
-        pack,
-        pack_norm,
-        parameter_attention,
-        permute,
-        routing,
-        varlen_attention,
-    )
+    from adaptive.ops.expert_feed_forward import KernelExpertFeedForward
+    from adaptive.ops.grouped_linear import KernelGroupedLinear
+    from adaptive.ops.kernels import merge, pack, parameter_attention, permute, routing
     from adaptive.ops.operators import attention_backward, attention_forward
+    from adaptive.ops.varlen_attention import attention_with_lse
     from adaptive.routing.layout import TokenLayout
 
     def draw(*shape: int):
@@ -105,8 +98,6 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
     run(pack.combine(draw(64, width), draw(16, width), index, draw(16)))
     run(pack.combine(draw(64, width), draw(16, width), index))
     run(pack.combine_(draw(64, width) * 1, draw(16, width), index, draw(16)))
-    for weight, centered in ((draw(width), False), (None, True)):
-        run(*pack_norm.pack_norm(draw(64, width), index, weight, 1e-6, centered))
     pairs = torch.arange(32)
     order, starts = torch.arange(64), torch.arange(0, 65, 4)
     for share in (None, draw(64).detach()):
@@ -118,9 +109,7 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
         q = draw(128 if same else 32, 4, head_dim)
         k, v = draw(128, 2, head_dim), draw(128, 2, head_dim)
         asked = keys if same else queries
-        out, _ = varlen_attention.attention_with_lse(
-            q, k, v, queries=asked, keys=None if same else keys
-        )
+        out, _ = attention_with_lse(q, k, v, queries=asked, keys=None if same else keys)
         run(out)
     # As ranks of a ring compute them: parts of a softmax.
     parts = q.detach(), k.detach(), v.detach(), asked.cu_seqlens, keys.cu_seqlens
@@ -133,10 +122,10 @@ def call_every_kernel(dtype, width: int, head_dim: int) -> None:
     routing.highest_columns(draw(4, width).detach(), 16)
     routing.order_by_unit(torch.zeros(512, dtype=torch.int64), width // 8)
     rows = torch.full((8,), 4)
-    run(grouped_linear.grouped_linear(draw(32, width), draw(8, width, width), rows))
+    run(KernelGroupedLinear.apply(draw(32, width), draw(8, width, width), rows))
     for activation, factor in (("swiglu", 2), ("gelu", 1)):
         experts = draw(8, factor * width, width), draw(8, width, width)
-        call = expert_feed_forward.expert_feed_forward
+        call = KernelExpertFeedForward.apply
         run(call(draw(16, width), *experts, pairs, rows, draw(16, 2), 2, activation))
 
 

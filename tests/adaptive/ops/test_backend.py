@@ -56,7 +56,7 @@ def test_a_forced_backend_that_cannot_serve_falls_back_and_says_so_once(op, monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose(op, torch.zeros(9)).name == "reference"
-    monkeypatch.setenv("ADAPTIVE_BACKEND", "liger")
+    monkeypatch.setenv("ADAPTIVE_BACKEND", "torch")
     with pytest.warns(UserWarning, match="no such implementation"):
         assert choose(op, torch.zeros(9)).name == "reference"
 
@@ -140,7 +140,7 @@ def test_no_library_is_looked_for_while_a_compiler_traces(monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", refuse)
     monkeypatch.setattr(backend, "find_spec", refuse)
     on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    for library in ("apex", "flash_attn", "flash_attn_interface", "liger_kernel"):
+    for library in ("flash_attn", "flash_attn_interface"):
         installed = backend.refuses_library(library, on_gpu) is None
         assert installed == (library in backend._INSTALLED)
     assert backend.refuses_library("torch.nn.attention.varlen", on_gpu) is None

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive.ops import cross_entropy as module
-from adaptive.ops.backend import choose
 from adaptive.ops.cross_entropy import cross_entropy
 
 BLOCK = 1 << 18
@@ -21,7 +19,7 @@ BLOCK = 1 << 18
 
 @pytest.fixture(autouse=True)
 def no_backend_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tested here is torch's and liger's."""
+    """What is tested here is torch's."""
     monkeypatch.delenv("ADAPTIVE_BACKEND", raising=False)
 
 
@@ -124,31 +122,3 @@ def test_compilers_and_transforms_see_torchs_operators() -> None:
     expected = torch.func.jacrev(torch.func.grad(mean))(logits.double())
     got = torch.func.jacrev(torch.func.grad(mean))(logits)
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
-
-
-def test_liger_kernel_itself() -> None:
-    """The library's kernel, interpreted without a GPU."""
-    pytest.importorskip("liger_kernel")
-    logits, targets, weights = draw(7, 300)
-    leaf = logits.requires_grad_()
-    losses = module._liger(leaf * 1, targets, True)
-    (losses * weights).sum().backward()
-    expected, expected_grad = exactly(logits.detach(), targets, weights)
-    assert losses.dtype == torch.float32
-    assert leaf.grad is not None
-    torch.testing.assert_close(losses.double(), expected, atol=2e-6, rtol=2e-7)
-    torch.testing.assert_close(leaf.grad.double(), expected_grad, atol=1e-6, rtol=1e-5)
-    kept = logits.detach().clone()
-    module._liger(leaf * 1, targets, False).sum().backward()
-    assert torch.equal(logits.detach(), kept)
-
-
-def test_liger_kernel_is_refused_where_it_rounds_losses() -> None:
-    """A fact of the library: fails when a release of it no longer rounds."""
-    liger = pytest.importorskip("liger_kernel.transformers.functional")
-    logits, targets, _ = draw(7, 300)
-    low = logits.bfloat16()
-    rounded = liger.liger_cross_entropy(low.clone(), targets, reduction="none")
-    assert rounded.dtype == torch.bfloat16
-    assert "rounds" in (module._refuses_liger(low) or "")
-    assert choose("cross_entropy", low).name != "liger"

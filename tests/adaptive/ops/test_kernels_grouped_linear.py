@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from adaptive.ops.kernels.expert_feed_forward import expert_feed_forward
-from adaptive.ops.kernels.grouped_linear import grouped_linear
+from adaptive.ops.expert_feed_forward import KernelExpertFeedForward
+from adaptive.ops.grouped_linear import KernelGroupedLinear
 from adaptive.ops.kernels.grouped_tiles import rows_class
+from parallel.flop_formulas import torch_flop_counter
 from tests.adaptive.ops.kernel_checks import (
     COMPILED,
     DEVICE,
@@ -19,6 +19,8 @@ from tests.adaptive.ops.kernel_checks import (
     assert_within_twice_the_reference_error,
     draw,
 )
+
+grouped_linear, expert_feed_forward = KernelGroupedLinear.apply, KernelExpertFeedForward.apply
 
 # Rows of each expert: none at all, one, uneven with empty ones, everything to the last.
 LOADS = [[0, 0], [1], [3, 0, 37, 17], [0, 0, 40]]
@@ -149,7 +151,7 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs() -> Non
 def test_torch_counts_the_operations_of_the_kernels() -> None:
     rows = torch.tensor([3, 0, 4], device=DEVICE)
     x, weight = draw(7, 5).requires_grad_(), draw(3, 6, 5, seed=1).requires_grad_()
-    with FlopCounterMode(display=False) as counter:
+    with torch_flop_counter(display=False) as counter:
         grouped_linear(x, weight, rows).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 7 * 5 * 6
 
@@ -194,6 +196,7 @@ def test_tf32_is_read_however_it_was_set(switch: str) -> None:
     code = f"""
 import torch
 from adaptive.ops.kernels.launching import dot_precision
+from parallel.flop_formulas import torch_flop_counter
 assert dot_precision(torch.float32) == "ieee"
 if {switch!r} == "legacy":
     torch.backends.cuda.matmul.allow_tf32 = True

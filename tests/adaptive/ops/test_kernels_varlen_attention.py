@@ -6,17 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive.ops.kernels import varlen_attention as forward
 from adaptive.ops.kernels import varlen_attention_backward as backward
-from adaptive.ops.kernels.varlen_attention import (
-    attention_with_lse,
-    cross_attention,
-    self_attention,
-)
 from adaptive.ops.kernels.varlen_visibility import block_grid, sequence_of
+from adaptive.ops.varlen_attention import attention_with_lse
 from adaptive.routing.layout import TokenLayout
+from parallel.flop_formulas import torch_flop_counter
 from tests.adaptive.ops.kernel_checks import (
     COMPILED,
     DEVICE,
@@ -24,6 +20,14 @@ from tests.adaptive.ops.kernel_checks import (
     assert_within_twice_the_reference_error,
     draw,
 )
+
+
+def self_attention(q, k, v, *, layout, causal):
+    return attention_with_lse(q, k, v, queries=layout, causal=causal)[0]
+
+
+def cross_attention(q, k, v, *, queries, keys, causal):
+    return attention_with_lse(q, k, v, queries=queries, keys=keys, causal=causal)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +221,7 @@ def test_an_upper_bound_of_the_longest_sequence_is_allowed(dtype) -> None:
 def test_torch_counts_the_operations_of_the_kernels() -> None:
     layout = packed([6, 3])
     q, k, v = (draw(9, 2, 8, seed=s).requires_grad_() for s in range(3))
-    with FlopCounterMode(display=False) as counter:
+    with torch_flop_counter(display=False) as counter:
         self_attention(q, k, v, layout=layout, causal=True).sum().backward()
     # Two products forward and five backward (the scores once more), each over the whole square.
     assert counter.get_total_flops() == 7 * 2 * (36 + 9) * 2 * 8

@@ -12,10 +12,9 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from adaptive.ops import cross_entropy, library_attention, rms_norm
+from adaptive.ops import library_attention
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
 
@@ -95,22 +94,6 @@ def test_the_installed_torch_has_an_argument_for_causality() -> None:
     assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
 
 
-def test_apex_gets_the_weight_before_the_shape(monkeypatch) -> None:
-    x, weight = torch.randn(3, 6), torch.randn(6)
-
-    def fused_rms_norm_affine(input, weight, normalized_shape, eps=1e-6):
-        return F.rms_norm(input, normalized_shape, weight, eps)
-
-    install(
-        monkeypatch,
-        "apex.normalization.fused_layer_norm",
-        fused_rms_norm_affine=fused_rms_norm_affine,
-    )
-    expected = x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
-    torch.testing.assert_close(rms_norm._apex(x, weight, 0.1), expected)
-    torch.testing.assert_close(rms_norm.rms_norm(x, weight, 0.1), expected)
-
-
 def test_libraries_refuse_what_they_cannot_serve() -> None:
     q = torch.zeros(4, 2, 20)
     for refuses in (library_attention.refuses_flash_2, library_attention.refuses_flash_3,
@@ -118,5 +101,3 @@ def test_libraries_refuse_what_they_cannot_serve() -> None:
         assert refuses(q) is not None
     assert "a multiple of 8" in (library_attention.refuses_flash_2(q) or "")
     assert "no tokens" in (library_attention.refuses_flash_2(torch.zeros(0, 2, 16)) or "")
-    assert "float32" in (cross_entropy._refuses_liger(q.double()) or "")
-    assert rms_norm._refuses_apex(q[:, 0]) == "the tensor is on cpu, not on a GPU"
