@@ -6,7 +6,7 @@ includes routing, the balance loss and the record; "skewed" sends half of the to
 first, "new tokens" gives every step other tokens, so other row counts. Peers: one dense SwiGLU of
 the same operations, DeepSpeed's MoE at capacity factor 1.25 (it drops tokens), and the Mixtral
 block of transformers, eager and grouped_mm. "dense" is plain torch; "our dense" is this library's
-SwiGLU, whose products may run through another of torch's libraries (parallel/matrix_product.py), as
+SwiGLU, whose products may run through another of torch's libraries (parallel/linear.py), as
 those of our experts do: what routing costs is told beside that row. Peak memory is what a
 step allocates beyond what it began with. The claims: at most 1.05 times dense at 8 experts, 1.15 at
 32, and ahead of each peer.

@@ -4,7 +4,7 @@ Forward and backward (gradients of the input and of both weights) of Pattention 
 nn.Linear with the same FLOPs: width 512, n = 512 and 2,048 parameter tokens, 2,048 tokens,
 float32, 2 threads. The claims: at most 1.08x the pair's time; in the memory-saving mode at most
 1.1x the pair's peak memory at n = 2,048. "our pair" is the pair by this library's linear layers,
-whose products, as Pattention's, may run through another library (parallel/matrix_product.py).
+whose products, as Pattention's, may run through another library (parallel/linear.py).
 
     python benchmarks/pattention.py [--quick]
 """

@@ -1,23 +1,35 @@
-"""Linear layers whose float32 products on a CPU run through the faster of torch's libraries.
+"""Linear layers, and the matrix products below them, by the faster of torch's two libraries.
 
-Everywhere else, and wherever torch does something with a call that it cannot do with this one
-(compilation, autocast, transforms of torch.func), they are `torch.nn.functional.linear`.
+torch multiplies float32 matrices on x86 through MKL, which takes its AVX2 path on processors that
+are not Intel's. torch also carries oneDNN, which compiles for the vector width it finds: on an AMD
+EPYC with AVX-512 it is 2.2 times as fast (docs/matrix_products.md). The choice depends on the
+machine and the shape only, never on a measurement: ranks that repeat each other's computation must
+get the same numbers. Everywhere else, and wherever torch does something with a call that it cannot
+do with a Function of ours (`plain_eager`), a layer is `torch.nn.functional.linear`.
+
+oneDNN compiles a product once per shape, in about 0.25 ms, and keeps the last thousand. Callers
+whose number of rows changes from step to step round it up by `rounded_rows`, with rows of zeros, so
+that shapes come back.
 """
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from parallel.eager import plain_eager
-from parallel.matrix_product import by_onednn, product, worth_compiling
+from parallel.flop_formulas import flop_formula
 
-_COMING_BACK = 16
-"""Rows up to which every count, and above which only multiples of it, are compiled for: others, as
-skipping leaves them, rarely come back."""
+_ROW_MULTIPLE = 16
+"""Of rows that shapes are rounded up to; layers compile for fewer rows too, but not for other
+counts above it, which, as skipping leaves them, rarely come back."""
+_WORTH_COMPILING = 128**3
+"""Multiplications from which oneDNN's dearer call pays."""
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -32,8 +44,14 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
         [..., out].
     """
     rows = x.numel() // max(x.shape[-1], 1)
-    coming_back = rows < _COMING_BACK or rows % _COMING_BACK == 0
-    if not coming_back or not worth_compiling(rows, weight_OI) or not _plain(x, weight_OI):
+    coming_back = rows < _ROW_MULTIPLE or rows % _ROW_MULTIPLE == 0
+    if (
+        not coming_back
+        or not worth_compiling(rows, weight_OI)
+        or not by_onednn(x)
+        or not by_onednn(weight_OI)
+        or not plain_eager()
+    ):
         return F.linear(x, weight_OI, bias_O)
     # A slice of a wider weight is copied: a thousandth of the products' time, and oneDNN wants it.
     weight_OI = weight_OI.contiguous()
@@ -53,10 +71,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-def _plain(x: Tensor, weight_OI: Tensor) -> bool:
-    return by_onednn(x) and by_onednn(weight_OI) and plain_eager()
 
 
 class _Keep(torch.autograd.Function):
@@ -122,3 +136,112 @@ class _Product(torch.autograd.Function):
             _product(grad_MN, b_KN.t()) if for_a else None,
             _product(a_MK.t(), grad_MN) if for_b else None,
         )
+
+
+def product(
+    a_MK: Tensor, b_KN: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`a @ b + bias`, [M, N]; not differentiable by autograd.
+
+    Args:
+        a_MK: [M, K].
+        b_KN: [K, N], same dtype and device.
+        bias: [N] or None.
+        out: [M, N], memory that may be used for the result. The result is what is returned;
+            whether it lies there depends on the library.
+    """
+    worth = worth_compiling(a_MK.shape[0], b_KN)
+    if worth and by_onednn(a_MK) and _whole(a_MK) and _whole(b_KN):
+        if bias is None and not a_MK.is_contiguous() and _dearer_to_copy(a_MK, b_KN):
+            transposed_MN = _onednn(b_KN.t(), a_MK, None, "none", [], "").t()
+            return transposed_MN.contiguous() if out is None else out.copy_(transposed_MN)
+        return _onednn(a_MK, b_KN.t(), bias, "none", [], "")
+    if bias is not None:
+        return torch.addmm(bias, a_MK, b_KN)
+    return torch.mm(a_MK, b_KN, out=out) if out is not None else torch.mm(a_MK, b_KN)
+
+
+def add_product(total_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    """`total += a @ b`, in place."""
+    if by_onednn(a_MK):
+        total_MN.add_(product(a_MK, b_KN))
+    else:
+        # Not addmm_, which FLOP counters do not know.
+        torch.addmm(total_MN, a_MK, b_KN, out=total_MN)
+
+
+def rounded_rows(rows: int, weight: Tensor) -> int:
+    """How many rows to multiply by `weight` where `rows` of them mean anything."""
+    if not (by_onednn(weight) and worth_compiling(rows, weight)):
+        return rows
+    return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def worth_compiling(rows: int, weight: Tensor) -> bool:
+    """Whether a product of that many rows and `weight`, [K, N] or [N, K], is large enough."""
+    return rows * weight.shape[0] * weight.shape[1] >= _WORTH_COMPILING
+
+
+def _dearer_to_copy(a_MK: Tensor, b_KN: Tensor) -> bool:
+    """Whether `a` is so large that `(bᵀ aᵀ)ᵀ`, and a copy of that, is cheaper than `a b`.
+
+    oneDNN's call copies a first factor that is a transposed view.
+    """
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    return k * (m - n) > 2 * m * n
+
+
+def _whole(matrix: Tensor) -> bool:
+    """Whether it is no slice of a wider matrix: oneDNN takes a thousand times as long for those."""
+    return matrix.is_contiguous() or matrix.t().is_contiguous()
+
+
+def plain_eager() -> bool:
+    """Whether nothing but autograd looks at the operators: a Function may then stand in for them.
+
+    False under compilation, autocast, transforms of torch.func and forward-mode differentiation,
+    all of which know torch's operators and not a Function.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether large products of tensors like `x` go to oneDNN."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and bool(torch.backends.mkldnn.enabled)
+        and onednn_is_faster()
+    )
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this processor has AVX-512 and is not Intel's, and torch has oneDNN."""
+    if not torch.backends.mkldnn.is_available() or _onednn is None:
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() != "GenuineIntel"
+
+
+def _vendor() -> str:
+    """The vendor_id of the first processor; Intel's where none can be read."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")]
+    return names[0] if names else "GenuineIntel"
+
+
+# What torch's own compiler calls for linear layers: x [M, K], weight [N, K].
+_packet: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_onednn: Any = None if _packet is None else _packet.default
+
+if _packet is not None:
+
+    @flop_formula(_packet)
+    def _operations(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+        return 2 * x[0] * x[1] * weight[0]

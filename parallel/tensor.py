@@ -220,9 +220,10 @@ def gather_shards(
 
 
 def _linear(in_features: int, out_features: int, std: float) -> nn.Linear:
-    # As `skip_init`, which would allocate on the CPU under `torch.device("meta")` too.
+    # On the meta device first, so that random numbers are drawn once. Not `skip_init`, which would
+    # allocate on the CPU under `torch.device("meta")` and cannot under FakeTensorMode.
     layer = Linear(in_features, out_features, bias=False, device="meta")
-    layer.to_empty(device=torch.get_default_device())
+    layer.weight = nn.Parameter(torch.empty(out_features, in_features))
     nn.init.normal_(layer.weight, std=std)
     return layer
 

@@ -45,6 +45,10 @@ class SwiGLU(nn.Module):
         self.down = make_output(ffn_dim, dim)
 
     def forward(self, x_TD: Tensor, *, layout: TokenLayout) -> Tensor:
-        x_TD = enter_tensor_region(x_TD, self.mesh, shard_sizes=layout.shard_sizes)
+        split = self.mesh.tensor_group is not None
+        if split:
+            x_TD = enter_tensor_region(x_TD, self.mesh, shard_sizes=layout.shard_sizes)
         update_TD = self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
-        return leave_tensor_region(update_TD, self.mesh, shard_sizes=layout.shard_sizes)
+        if split:
+            update_TD = leave_tensor_region(update_TD, self.mesh, shard_sizes=layout.shard_sizes)
+        return update_TD

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -199,7 +198,11 @@ class MixtureOfDepths(ExactBuffers):
     def _choose(
         self, logits_T: Tensor, causal_logits_T: Tensor, layout: TokenLayout, valid_T: Tensor | None
     ) -> Selection:
-        gather = partial(gather_over_shards, mesh=self.mesh, shard_sizes=layout.shard_sizes)
+        shared = self.mesh.shard_group is not None
+
+        def gather(x_T: Tensor) -> Tensor:
+            return gather_over_shards(x_T, self.mesh, layout.shard_sizes) if shared else x_T
+
         valid_T = None if valid_T is None else gather(valid_T)
         if self.causal and not self.training:
             selection = threshold_choice(gather(causal_logits_T), layout, self.threshold, valid_T)
@@ -213,7 +216,7 @@ class MixtureOfDepths(ExactBuffers):
                     layout.shard_sizes,
                 )
             selection = expert_choice_packed(gather(scores_T), layout, self.capacity, valid_T)
-        return selection.on_shard(layout, self.mesh)
+        return selection.on_shard(layout, self.mesh) if shared else selection
 
     def _record(
         self,
@@ -298,7 +301,10 @@ class _ReplicatedLinear(nn.Linear):
         self.mesh = mesh
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, replicated(self.weight, self.mesh), replicated(self.bias, self.mesh))
+        mesh = self.mesh
+        if mesh.tensor_group is None:
+            return F.linear(x_TD, self.weight, self.bias)
+        return F.linear(x_TD, replicated(self.weight, mesh), replicated(self.bias, mesh))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,9 @@ _INSTALLED = frozenset(
 )
 
 
+Refusal = Callable[[Tensor], "str | None"]
+
+
 def _always(_: Tensor) -> str | None:
     return None
 
@@ -58,43 +61,58 @@ class Implementation:
     """One way to compute an op.
 
     Attributes:
-        name: "reference", "torch", "triton", "flash", …
+        name: "reference", "torch", "triton" or "flash".
         function: what runs.
-        refuses: why it cannot serve a tensor of this device, dtype and shape, or None if it can.
+        refuses: why it cannot serve tensors of this device and dtype, or None if it can. Asked once
+            for each.
+        refuses_call: why it cannot serve this tensor now (its shape; autocast), or None. Asked at
+            every call; None: it serves whatever `refuses` lets pass.
     """
 
     name: str
     function: Callable[..., Any]
-    refuses: Callable[[Tensor], str | None] = _always
+    refuses: Refusal = _always
+    refuses_call: Refusal | None = None
+
+    def refusal(self, example: Tensor) -> str | None:
+        """Why it cannot serve the tensor, or None."""
+        reason = self.refuses(example)
+        return reason or (self.refuses_call(example) if self.refuses_call else None)
 
 
 _REGISTRY: dict[str, list[Implementation]] = {}
+_SERVING: dict[tuple[str, str, torch.device, torch.dtype], list[Implementation]] = {}
+"""Of an op, under a value of ADAPTIVE_BACKEND: what serves a device and dtype, the first first."""
 
 
-def register(op: str, implementation: Implementation) -> None:
-    """Add an implementation; the one registered last is preferred, the first is the reference."""
-    _REGISTRY.setdefault(op, []).append(implementation)
+def register(op: str, name: str, function: Callable[..., Any], *refusals: Refusal) -> None:
+    """Add an Implementation; the one registered last is preferred, the first is the reference."""
+    _REGISTRY.setdefault(op, []).append(Implementation(name, function, *refusals))
+    _SERVING.clear()
 
 
 def choose(op: str, example: Tensor) -> Implementation:
     """The implementation of `op` for tensors like `example`."""
     wanted = os.environ.get("ADAPTIVE_BACKEND", "")
-    candidates = _REGISTRY[op]
-    if not wanted:
-        return next(c for c in reversed(candidates) if c.refuses(example) is None)
-    if wanted not in BACKENDS:
-        raise ValueError(f"ADAPTIVE_BACKEND={wanted}: must be one of {', '.join(BACKENDS)}")
-    reason = "this op has no such implementation"
-    for candidate in reversed(candidates):
-        if candidate.name == wanted:
-            refusal = candidate.refuses(example)
-            if refusal is None:
-                return candidate
-            reason = refusal
+    place = op, wanted, example.device, example.dtype
+    if place not in _SERVING:
+        _SERVING[place] = _serving(op, wanted, example)
+    for implementation in _SERVING[place]:
+        if implementation.refuses_call is None or implementation.refuses_call(example) is None:
+            return implementation
     # A compiler cannot trace a warning; it chooses the same, and says nothing.
     if not torch.compiler.is_dynamo_compiling():
+        reasons = [i.refusal(example) or "" for i in _REGISTRY[op] if i.name == wanted]
+        reason = reasons[0] if reasons else "this op has no such implementation"
         warn_once(op, f"ADAPTIVE_BACKEND={wanted}", reason)
-    return candidates[0]
+    return _REGISTRY[op][0]
+
+
+def _serving(op: str, wanted: str, example: Tensor) -> list[Implementation]:
+    if wanted and wanted not in BACKENDS:
+        raise ValueError(f"ADAPTIVE_BACKEND={wanted}: must be one of {', '.join(BACKENDS)}")
+    candidates = [i for i in reversed(_REGISTRY[op]) if not wanted or i.name == wanted]
+    return [i for i in candidates if i.refuses(example) is None]
 
 
 def explain(op: str, example: Tensor) -> dict[str, str]:
@@ -108,7 +126,7 @@ def explain(op: str, example: Tensor) -> dict[str, str]:
         if candidate is chosen:
             said[candidate.name] = "chosen"
         elif said.get(candidate.name) not in ("chosen", "available"):
-            said[candidate.name] = candidate.refuses(example) or "available"
+            said[candidate.name] = candidate.refusal(example) or "available"
     return said
 
 

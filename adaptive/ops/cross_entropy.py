@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.backend import Implementation, choose, register
-from parallel.eager import plain_eager
+from adaptive.ops.backend import choose, register
+from parallel.linear import plain_eager
 from parallel.vocab_cross_entropy import cached_rows
 
 
@@ -75,8 +75,12 @@ def _in_blocks(logits_TV: Tensor, targets_T: Tensor, overwrite: bool) -> Tensor:
 def _refuses_blocks(logits_TV: Tensor) -> str | None:
     if logits_TV.dtype == torch.float64:
         return "computes in float32"
+    return None
+
+
+def _refuses_call(_: Tensor) -> str | None:
     return None if plain_eager() else "compiled, transformed or autocast"
 
 
-register("cross_entropy", Implementation("reference", _reference))
-register("cross_entropy", Implementation("torch", _in_blocks, _refuses_blocks))
+register("cross_entropy", "reference", _reference)
+register("cross_entropy", "torch", _in_blocks, _refuses_blocks, _refuses_call)

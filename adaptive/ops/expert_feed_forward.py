@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from adaptive.ops.backend import choose, refuses_triton, register
 from adaptive.ops.grouped_linear import grouped_linear
 from adaptive.ops.kernels import GELU, NO_ACTIVATION, SWIGLU
 from adaptive.ops.operators import grouped_rows, grouped_weight_gradient
 from adaptive.ops.permute import pair_weights, permute, unpermute
 from parallel.autocast import computing_dtype, without_autocast
-from parallel.matrix_product import add_product, product, rounded_rows
+from parallel.linear import add_product, product, rounded_rows
 
 Activation = Literal["swiglu", "gelu"]
 _CODES = {"swiglu": SWIGLU, "gelu": GELU}
@@ -393,8 +393,6 @@ def _summed_rows(
     return out if top_k == 1 else out.unflatten(0, shape).sum(1)
 
 
-register("expert_feed_forward", Implementation("reference", _composed))
-register("expert_feed_forward", Implementation("torch", _Chunked.apply, _refuses_chunked))
-register(
-    "expert_feed_forward", Implementation("triton", KernelExpertFeedForward.apply, refuses_triton)
-)
+register("expert_feed_forward", "reference", _composed)
+register("expert_feed_forward", "torch", _Chunked.apply, _refuses_chunked)
+register("expert_feed_forward", "triton", KernelExpertFeedForward.apply, refuses_triton)

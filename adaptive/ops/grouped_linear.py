@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from adaptive.ops.backend import choose, refuses_triton, register
 from adaptive.ops.kernels import NO_ACTIVATION
 from adaptive.ops.operators import grouped_rows, grouped_weight_gradient
 from parallel.autocast import computing_dtype, without_autocast
@@ -130,6 +130,6 @@ class KernelGroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-register("grouped_linear", Implementation("reference", _Loop.apply))
-register("grouped_linear", Implementation("triton", KernelGroupedLinear.apply, refuses_triton))
-register("grouped_linear", Implementation("torch", _torch_grouped, _refuses_grouped_mm))
+register("grouped_linear", "reference", _Loop.apply)
+register("grouped_linear", "triton", KernelGroupedLinear.apply, refuses_triton)
+register("grouped_linear", "torch", _torch_grouped, _refuses_grouped_mm)

@@ -61,22 +61,22 @@ def torch_attention(
 
 
 def refuses_flash_2(q_QHh: Tensor) -> str | None:
-    return _refuses_head(q_QHh) or refuses_library("flash_attn", q_QHh, half_only=True)
+    return refuses_library("flash_attn", q_QHh, half_only=True)
 
 
 def refuses_flash_3(q_QHh: Tensor) -> str | None:
     refusal = refuses_library("flash_attn_interface", q_QHh, half_only=True)
     if refusal is None and torch.cuda.get_device_properties(q_QHh.device).major != 9:
         return "flash-attn 3 is for Hopper GPUs"
-    return refusal or _refuses_head(q_QHh)
+    return refusal
 
 
 def refuses_torch(q_QHh: Tensor) -> str | None:
-    refusal = refuses_library("torch.nn.attention.varlen", q_QHh, half_only=True)
-    return refusal or _refuses_head(q_QHh)
+    return refuses_library("torch.nn.attention.varlen", q_QHh, half_only=True)
 
 
-def _refuses_head(q_QHh: Tensor) -> str | None:
+def refuses_heads(q_QHh: Tensor) -> str | None:
+    """What none of them takes."""
     if q_QHh.shape[0] == 0:
         return "no tokens"
     width = q_QHh.shape[2]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from adaptive.ops.backend import choose, refuses_triton, register
 
 
 def pack(hidden_TD: Tensor, indices_R: Tensor) -> Tensor:
@@ -157,12 +157,12 @@ def _combine_in_place_kernel(
 def _refuses_combine(hidden_TD: Tensor) -> str | None:
     if hidden_TD.dim() != 2:
         return f"{hidden_TD.dim()} dimensions: the kernel moves rows of [T, D]"
-    return refuses_triton(hidden_TD)
+    return None
 
 
-register("pack", Implementation("reference", _Pack.apply))
-register("pack", Implementation("triton", _pack_kernel, refuses_triton))
-register("combine", Implementation("reference", _Combine.apply))
-register("combine", Implementation("triton", _combine_kernel, _refuses_combine))
-register("combine_", Implementation("reference", _combine_in_place))
-register("combine_", Implementation("triton", _combine_in_place_kernel, _refuses_combine))
+register("pack", "reference", _Pack.apply)
+register("pack", "triton", _pack_kernel, refuses_triton)
+register("combine", "reference", _Combine.apply)
+register("combine", "triton", _combine_kernel, refuses_triton, _refuses_combine)
+register("combine_", "reference", _combine_in_place)
+register("combine_", "triton", _combine_in_place_kernel, refuses_triton, _refuses_combine)

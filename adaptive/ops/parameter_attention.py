@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adaptive.ops.backend import (
-    Implementation,
     choose,
     refuses_triton,
     register,
@@ -34,7 +33,7 @@ from adaptive.ops.parameter_weights import (
 )
 from adaptive.routing.recompute import decide
 from parallel.autocast import computing_dtype, without_autocast
-from parallel.matrix_product import add_product, by_onednn, product
+from parallel.linear import add_product, by_onednn, product
 
 # Scores of one block, in numbers a thread: 1 MiB of float32 stays in a core's second-level cache.
 _CACHED_NUMBERS = 1 << 18
@@ -392,6 +391,6 @@ def _kernel(
     )
 
 
-register("parameter_attention", Implementation("reference", _reference))
-register("parameter_attention", Implementation("torch", _blocked))
-register("parameter_attention", Implementation("triton", _kernel, refuses_triton))
+register("parameter_attention", "reference", _reference)
+register("parameter_attention", "torch", _blocked)
+register("parameter_attention", "triton", _kernel, refuses_triton)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from adaptive.ops.backend import choose, refuses_triton, register
 
 
 def permute(x_TD: Tensor, pairs_N: Tensor, top_k: int) -> Tensor:
@@ -156,10 +156,10 @@ def _sum_kernel(
     return kernel(y_ND, pairs_N, weights_TK, shape)
 
 
-register("permute", Implementation("reference", _Permute.apply))
-register("permute", Implementation("triton", _permute_kernel, refuses_triton))
-register("unpermute", Implementation("reference", _Unpermute.apply))
-register("unpermute", Implementation("triton", _unpermute_kernel, refuses_triton))
-register("sum_pairs", Implementation("reference", _sum_by_index_add))
-register("sum_pairs", Implementation("torch", _sum_by_gather, _refuses_gather))
-register("sum_pairs", Implementation("triton", _sum_kernel, refuses_triton))
+register("permute", "reference", _Permute.apply)
+register("permute", "triton", _permute_kernel, refuses_triton)
+register("unpermute", "reference", _Unpermute.apply)
+register("unpermute", "triton", _unpermute_kernel, refuses_triton)
+register("sum_pairs", "reference", _sum_by_index_add)
+register("sum_pairs", "torch", _sum_by_gather, _refuses_gather)
+register("sum_pairs", "triton", _sum_kernel, refuses_triton)

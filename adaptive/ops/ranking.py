@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from adaptive.ops.backend import choose, refuses_triton, register
 
 
 def highest_columns(scores_BS: Tensor, count: int) -> Tensor:
@@ -83,7 +83,7 @@ def _refuses_order(units_N: Tensor) -> str | None:
     return refuses_triton(torch.empty(0, device=units_N.device))
 
 
-register("highest_columns", Implementation("reference", _highest_by_sort))
-register("highest_columns", Implementation("triton", _highest_kernel, refuses_triton))
-register("order_by_unit", Implementation("reference", _order_by_sort))
-register("order_by_unit", Implementation("triton", _order_kernel, _refuses_order))
+register("highest_columns", "reference", _highest_by_sort)
+register("highest_columns", "triton", _highest_kernel, refuses_triton)
+register("order_by_unit", "reference", _order_by_sort)
+register("order_by_unit", "triton", _order_kernel, _refuses_order)

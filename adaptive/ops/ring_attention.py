@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from adaptive.ops.backend import choose, refuses_triton, register
 from adaptive.ops.operators import attention_backward, attention_forward
 from parallel.ring.attention import RingLayout, Scheme
 from parallel.ring.attention import ring_attention as attend_round
@@ -69,13 +69,17 @@ def _visibility(
     return *pair.starts(), q_positions, k_positions, q.shape[0], k.shape[0], mode
 
 
-def _refuses_kernels(q_tHh: Tensor) -> str | None:
+def _refuses_heads(q_tHh: Tensor) -> str | None:
     if q_tHh.shape[2] > 256:
         return f"head width {q_tHh.shape[2]}: at most 256"
-    return refuses_triton(q_tHh)
+    return None
 
 
-register("ring_attention", Implementation("reference", lambda: TORCH))
+register("ring_attention", "reference", lambda: TORCH)
 register(
-    "ring_attention", Implementation("triton", lambda: Blocks(_attend, _backward), _refuses_kernels)
+    "ring_attention",
+    "triton",
+    lambda: Blocks(_attend, _backward),
+    refuses_triton,
+    _refuses_heads,
 )

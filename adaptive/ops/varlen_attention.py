@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from adaptive.ops.backend import choose, refuses_triton, register
 from adaptive.ops.library_attention import (
     flash_attention_2,
     flash_attention_3,
     refuses_flash_2,
     refuses_flash_3,
+    refuses_heads,
     refuses_torch,
     torch_attention,
 )
@@ -291,16 +292,16 @@ def _cross_kernel(*qkv: Tensor, queries: TokenLayout, keys: TokenLayout, causal:
     return attention_with_lse(*qkv, queries=queries, keys=keys, causal=causal)[0]
 
 
-def _refuses_kernel(q_QHh: Tensor) -> str | None:
+def _refuses_heads(q_QHh: Tensor) -> str | None:
     if q_QHh.shape[2] > 256:
         return f"head width {q_QHh.shape[2]}: at most 256"
-    return refuses_triton(q_QHh)
+    return None
 
 
-register("varlen_attention", Implementation("reference", _self_reference))
-register("varlen_attention", Implementation("triton", _self_kernel, _refuses_kernel))
-register("varlen_attention", Implementation("torch", torch_attention, refuses_torch))
-register("varlen_attention", Implementation("flash", flash_attention_2, refuses_flash_2))
-register("varlen_attention", Implementation("flash", flash_attention_3, refuses_flash_3))
-register("varlen_cross_attention", Implementation("reference", _cross_reference))
-register("varlen_cross_attention", Implementation("triton", _cross_kernel, _refuses_kernel))
+register("varlen_attention", "reference", _self_reference)
+register("varlen_attention", "triton", _self_kernel, refuses_triton, _refuses_heads)
+register("varlen_attention", "torch", torch_attention, refuses_torch, refuses_heads)
+register("varlen_attention", "flash", flash_attention_2, refuses_flash_2, refuses_heads)
+register("varlen_attention", "flash", flash_attention_3, refuses_flash_3, refuses_heads)
+register("varlen_cross_attention", "reference", _cross_reference)
+register("varlen_cross_attention", "triton", _cross_kernel, refuses_triton, _refuses_heads)

@@ -54,11 +54,15 @@ class LinearRouter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
+        weight_ED: Tensor = self.weight
+        bias_E: Tensor | None = self.bias
+        if self.mesh.tensor_group is not None:
+            weight_ED = replicated(weight_ED, self.mesh)
+            bias_E = None if bias_E is None else replicated(bias_E, self.mesh)
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
-        weight_ED = replicated(self.weight, self.mesh).to(dtype)
-        bias_E = None if self.bias is None else replicated(self.bias, self.mesh).to(dtype)
+        bias_E = None if bias_E is None else bias_E.to(dtype)
         with without_autocast(hidden_TD.device.type):
-            return F.linear(hidden_TD.to(dtype), weight_ED, bias_E)
+            return F.linear(hidden_TD.to(dtype), weight_ED.to(dtype), bias_E)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """A score of every token for every unit."""

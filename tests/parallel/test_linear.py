@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from parallel import linear as matrix_product
 from parallel import linear as module
-from parallel import matrix_product
 from parallel.flop_formulas import torch_flop_counter
 from parallel.linear import Linear, linear
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from parallel import matrix_product
+from parallel import linear as matrix_product
 from parallel.flop_formulas import torch_flop_counter
-from parallel.matrix_product import add_product, by_onednn, product
+from parallel.linear import add_product, by_onednn, product
 
 SHAPES = [
     (0, 5, 7),

@@ -72,8 +72,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weight_D = replicated(self.weight, self.mesh).to(x_TD.dtype)
-        return rms_norm(x_TD, weight_D, self.eps)
+        weight_D: Tensor = self.weight
+        if self.mesh.tensor_group is not None:
+            weight_D = replicated(weight_D, self.mesh)
+        return rms_norm(x_TD, weight_D.to(x_TD.dtype), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -193,10 +195,11 @@ class Attention(nn.Module):
         context: tuple[Tensor, TokenLayout] | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        x_RD = enter_tensor_region(x_RD, self.mesh, shard_sizes=layout.shard_sizes)
-        source_TD, keys = x_RD, layout
-        if context is not None:
-            source_TD, keys = context
+        split = self.mesh.tensor_group is not None
+        if split:
+            x_RD = enter_tensor_region(x_RD, self.mesh, shard_sizes=layout.shard_sizes)
+        source_TD, keys = (x_RD, layout) if context is None else context
+        if split and context is not None:
             source_TD = enter_tensor_region(source_TD, self.mesh, shard_sizes=keys.shard_sizes)
         q, k, v = self.query(x_RD), self.key(source_TD), self.value(source_TD)
         if self.query_bias is not None:
@@ -205,7 +208,7 @@ class Attention(nn.Module):
         k_TGh, v_TGh = (x.unflatten(-1, (self.kv_heads, self.head_dim)) for x in (k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q_RHh, k_TGh = self.query_norm(q_RHh), self.key_norm(k_TGh)
-        if self.mesh.ring:
+        if self.mesh.context_group is not None and self.mesh.ring:
             if cache is not None:
                 raise ValueError(
                     "context_attention=ring: cannot generate with a cache; use ulysses, or one rank"
@@ -215,7 +218,9 @@ class Attention(nn.Module):
             same = context is None
             attended_RHh = self._attend(q_RHh, k_TGh, v_TGh, layout, None if same else keys, cache)
         update_RD = self.output(attended_RHh.flatten(-2))
-        return leave_tensor_region(update_RD, self.mesh, shard_sizes=layout.shard_sizes)
+        if split:
+            update_RD = leave_tensor_region(update_RD, self.mesh, shard_sizes=layout.shard_sizes)
+        return update_RD
 
     def _attend(
         self,
@@ -227,21 +232,25 @@ class Attention(nn.Module):
         cache: KeyValueCache | None,
     ) -> Tensor:
         """By whole sequences; context ranks meanwhile hold all tokens and their own heads."""
-        k_TGh, v_TGh = repeat_heads(k_TGh, self.mesh), repeat_heads(v_TGh, self.mesh)
-        if keys is None:
-            q_RHh, k_TGh, v_TGh = tokens_to_heads(
-                [q_RHh, k_TGh, v_TGh], self.mesh, shard_sizes=layout.shard_sizes
-            )
-        else:
-            (q_RHh,) = tokens_to_heads([q_RHh], self.mesh, shard_sizes=layout.shard_sizes)
-            k_TGh, v_TGh = tokens_to_heads([k_TGh, v_TGh], self.mesh, shard_sizes=keys.shard_sizes)
+        mesh = self.mesh
+        if mesh.context_group is not None:
+            k_TGh, v_TGh = repeat_heads(k_TGh, mesh), repeat_heads(v_TGh, mesh)
+            if keys is None:
+                q_RHh, k_TGh, v_TGh = tokens_to_heads(
+                    [q_RHh, k_TGh, v_TGh], mesh, shard_sizes=layout.shard_sizes
+                )
+            else:
+                (q_RHh,) = tokens_to_heads([q_RHh], mesh, shard_sizes=layout.shard_sizes)
+                k_TGh, v_TGh = tokens_to_heads([k_TGh, v_TGh], mesh, shard_sizes=keys.shard_sizes)
         q_RHh, k_TGh = self._rotate(
             q_RHh, k_TGh, layout.positions, None if keys is None else keys.positions
         )
         if cache is not None:
             k_TGh, v_TGh, keys = cache.extend(k_TGh, v_TGh, layout if keys is None else keys)
         attended_RHh = varlen_attention(q_RHh, k_TGh, v_TGh, queries=layout, keys=keys, causal=True)
-        return heads_to_tokens(attended_RHh, self.mesh, shard_sizes=layout.shard_sizes)
+        if mesh.context_group is not None:
+            attended_RHh = heads_to_tokens(attended_RHh, mesh, shard_sizes=layout.shard_sizes)
+        return attended_RHh
 
     def _attend_ring(
         self, q_RHh: Tensor, k_TGh: Tensor, v_TGh: Tensor, layout: TokenLayout, keys: TokenLayout

@@ -363,6 +363,6 @@ class VelocityHead(nn.Module):
 def _start_linear(layer: Linear, in_features: int, out_features: int) -> None:
     """A linear layer with Xavier weights and zero bias; draws random numbers once."""
     Linear.__init__(layer, in_features, out_features, device="meta")
-    layer.to_empty(device=torch.get_default_device())
+    layer.weight = nn.Parameter(torch.empty(out_features, in_features))
+    layer.bias = nn.Parameter(torch.zeros(out_features))
     nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from adaptive.ops import backend
-from adaptive.ops.backend import Implementation, choose, explain, operations, refuses_triton
+from adaptive.ops.backend import choose, explain, operations, refuses_triton
 
 ROOT = Path(__file__).parents[3]
 
@@ -28,10 +28,10 @@ def op(monkeypatch: pytest.MonkeyPatch) -> str:
     def narrow(x: torch.Tensor) -> str | None:
         return "rows are too long" if x.shape[-1] > 8 else None
 
-    backend.register("twice", Implementation("reference", lambda x: x + x))
-    backend.register("twice", Implementation("triton", lambda x: 2 * x, narrow))
-    backend.register("twice", Implementation("flash", lambda x: x * 2, lambda _: None))
-    backend.register("twice", Implementation("flash", lambda x: x * 2, lambda _: "not here"))
+    backend.register("twice", "reference", lambda x: x + x)
+    backend.register("twice", "triton", lambda x: 2 * x, lambda _: None, narrow)
+    backend.register("twice", "flash", lambda x: x * 2, lambda _: None)
+    backend.register("twice", "flash", lambda x: x * 2, lambda _: "not here")
     return "twice"
 
 

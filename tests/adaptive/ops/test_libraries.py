@@ -99,5 +99,5 @@ def test_libraries_refuse_what_they_cannot_serve() -> None:
     for refuses in (library_attention.refuses_flash_2, library_attention.refuses_flash_3,
                     library_attention.refuses_torch):  # fmt: skip
         assert refuses(q) is not None
-    assert "a multiple of 8" in (library_attention.refuses_flash_2(q) or "")
-    assert "no tokens" in (library_attention.refuses_flash_2(torch.zeros(0, 2, 16)) or "")
+    assert "a multiple of 8" in (library_attention.refuses_heads(q) or "")
+    assert "no tokens" in (library_attention.refuses_heads(torch.zeros(0, 2, 16)) or "")
