@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaptive.ops.backend import Implementation, choose, refuses_triton, register
+from adaptive.ops.backend import choose, refuses_triton, register
 from adaptive.routing.grouping import Grouping
 
 
@@ -147,5 +147,5 @@ def _sum_kernel(x_TD: Tensor, share_T: Tensor | None, order_T: Tensor, starts_G:
     return kernel(x_TD, share_T, order_T, starts_G)
 
 
-register("group_sum", Implementation("reference", _sum_reference))
-register("group_sum", Implementation("triton", _sum_kernel, refuses_triton))
+register("group_sum", "reference", _sum_reference)
+register("group_sum", "triton", _sum_kernel, refuses_triton)
