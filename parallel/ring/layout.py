@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,17 @@ from torch import Tensor
 
 from parallel.rows import all_gather_rows
 
-Bounds = tuple[int, int, int, int, int, int]
-"""Of a run of a rank's tokens: rows from and to, lowest and highest position and sequence."""
+
+class Run(NamedTuple):
+    """Tokens of a rank that lie together: rows from and to, and what they lie between."""
+
+    start: int
+    stop: int
+    lowest_position: int
+    highest_position: int
+    lowest_sequence: int
+    highest_sequence: int
+
 
 SHORT = 128
 """Sequences of fewer tokens share a block and are masked: a block costs a few calls."""
@@ -52,12 +62,10 @@ class RingLayout:
     positions: list[Tensor]
     sequences: list[Tensor]
     causal: bool
-    bounds: list[list[Bounds]]
+    bounds: list[list[Run]]
     ordered: bool
     _starts: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
-    _blocks: dict[tuple[int, int], list[tuple[Bounds, Bounds]]] = field(
-        default_factory=dict, repr=False
-    )
+    _blocks: dict[tuple[int, int], list[tuple[Run, Run]]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def create(
@@ -94,7 +102,7 @@ class RingLayout:
     @property
     def count(self) -> int:
         """How many sequences there are; later ones without any token do not count."""
-        return 1 + max((run[5] for own in self.bounds for run in own), default=-1)
+        return 1 + max((run.highest_sequence for own in self.bounds for run in own), default=-1)
 
     def starts(self, rank: int, count: int) -> Tensor:
         """int32 [count + 1]: where each sequence begins among a rank's tokens, if `ordered`."""
@@ -107,7 +115,7 @@ class RingLayout:
     def pairs(self, queries: int, keys: int) -> int:
         """Query-key pairs that are computed between two ranks' tokens."""
         seen = Pair(self, self, queries, keys).runs()
-        return sum((q[1] - q[0]) * (k[1] - k[0]) for q, k in seen)
+        return sum((q.stop - q.start) * (k.stop - k.start) for q, k in seen)
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Pair:
         """Whether any of the queries may see any of the keys."""
         return bool(self.runs())
 
-    def runs(self) -> list[tuple[Bounds, Bounds]]:
+    def runs(self) -> list[tuple[Run, Run]]:
         """Runs of queries and of keys that can see each other."""
         layout, place = self.query_layout, (self.queries, self.keys)
         if layout is self.key_layout and place in layout._blocks:
@@ -137,7 +145,7 @@ class Pair:
             (q, k)
             for q in layout.bounds[self.queries]
             for k in self.key_layout.bounds[self.keys]
-            if _may_see(q, k, layout.causal)
+            if not unseen(q, k, layout.causal)
         ]
         if layout is self.key_layout:
             layout._blocks[place] = found
@@ -154,10 +162,10 @@ class Pair:
         """(rows, columns, bool [q, k] or None) of the runs that can see each other."""
         causal = self.query_layout.causal
         for q, k in self.runs():
-            columns = slice(k[0], k[1])
-            masks = _masks(q, k, causal)
-            for start in range(q[0], q[1], most_rows):
-                rows = slice(start, min(start + most_rows, q[1]))
+            columns = slice(k.start, k.stop)
+            masks = partly_seen(q, k, causal)
+            for start in range(q.start, q.stop, most_rows):
+                rows = slice(start, min(start + most_rows, q.stop))
                 yield rows, columns, self._seen(rows, columns) if masks else None
 
     def _seen(self, rows: slice, columns: slice) -> Tensor:
@@ -169,27 +177,31 @@ class Pair:
         return seen
 
 
-def _may_see(q: Bounds, k: Bounds, causal: bool) -> bool:
-    if q[4] > k[5] or k[4] > q[5]:
-        return False
-    one_sequence = q[4] == q[5] == k[4] == k[5]
-    return not (causal and one_sequence and q[3] < k[2])
+def unseen(q: Any, k: Any, causal: bool) -> Any:
+    """Whether no query of a run sees a key of another: bool, or of Runs of tensors bool tensors."""
+    apart = (q.lowest_sequence > k.highest_sequence) | (k.lowest_sequence > q.highest_sequence)
+    return apart | (causal & _one_sequence(q, k) & (q.highest_position < k.lowest_position))
 
 
-def _masks(q: Bounds, k: Bounds, causal: bool) -> bool:
-    """Whether some of the pairs of two runs are hidden."""
-    one_sequence = q[4] == q[5] == k[4] == k[5]
-    return not one_sequence or (causal and q[2] < k[3])
+def partly_seen(q: Any, k: Any, causal: bool) -> Any:
+    """Whether some of the pairs of two runs are hidden; as `unseen`."""
+    one = _one_sequence(q, k)
+    return (one ^ True) | (causal & (q.lowest_position < k.highest_position))
 
 
-def runs(on_host: Tensor, sizes: tuple[int, ...]) -> tuple[list[list[Bounds]], bool]:
+def _one_sequence(q: Any, k: Any) -> Any:
+    each = (q.lowest_sequence == q.highest_sequence) & (k.lowest_sequence == k.highest_sequence)
+    return each & (q.lowest_sequence == k.lowest_sequence)
+
+
+def runs(on_host: Tensor, sizes: tuple[int, ...]) -> tuple[list[list[Run]], bool]:
     """Every rank's runs of tokens; and whether all ranks' tokens lie sequence after sequence.
 
     Args:
         on_host: int64 [2, T], positions and sequences of all tokens in the order of the ranks.
         sizes: tokens of each rank.
     """
-    bounds: list[list[Bounds]] = []
+    bounds: list[list[Run]] = []
     ordered = True
     for own in on_host.split(list(sizes), dim=1):
         positions, sequences = own
@@ -197,12 +209,12 @@ def runs(on_host: Tensor, sizes: tuple[int, ...]) -> tuple[list[list[Bounds]], b
         in_order = bool((steps >= 0).all())
         ordered &= in_order
         starts = (steps.nonzero().squeeze(1) + 1).tolist() if in_order else []
-        found: list[Bounds] = []
+        found: list[Run] = []
         for first, last in _cut(starts, positions.shape[0]):
             rows = slice(first, last)
             low, high = positions[rows].aminmax()
             least, most = sequences[rows].aminmax()
-            found.append((first, last, int(low), int(high), int(least), int(most)))
+            found.append(Run(first, last, int(low), int(high), int(least), int(most)))
         bounds.append(found)
     return bounds, ordered
 

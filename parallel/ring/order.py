@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.ring.layout import RingLayout, runs
+from parallel.ring.layout import RingLayout, Run, partly_seen, runs, unseen
 from parallel.rows import even_shards, exchange_rows
 
 SAVED_PAIRS = 400
@@ -199,20 +199,15 @@ def longest(on_host: Tensor, sizes: tuple[int, ...], *, causal: bool) -> tuple[f
     """
     bounds, _ = runs(on_host, sizes)
     ranks = len(sizes)
-    flat = torch.tensor([run for own in bounds for run in own]).view(-1, 6)
+    flat = torch.tensor([run for own in bounds for run in own]).view(-1, len(Run._fields))
     counts = torch.tensor([len(own) for own in bounds])
     rank_of = torch.arange(ranks).repeat_interleave(counts)
     # Exact, so that all ranks decide alike whatever their processors are.
     between = torch.zeros(ranks, ranks, dtype=torch.float64)
     for rank, queries in enumerate(flat.split(counts.tolist())):
-        q, k = queries.T[:, :, None], flat.T[:, None]
-        apart = (q[4] > k[5]) | (k[4] > q[5])
-        same = (q[4] == q[5]) & (k[4] == k[5])
-        hides = ~same
-        if causal:
-            apart |= same & (q[3] < k[2])
-            hides |= q[2] < k[3]
-        pairs = (q[1] - q[0]) * (k[1] - k[0]) * (1 - 0.5 * hides.double()) * ~apart
+        q, k = Run._make(queries.T[:, :, None]), Run._make(flat.T[:, None])
+        pairs = (q.stop - q.start) * (k.stop - k.start) * ~unseen(q, k, causal)
+        pairs = pairs * (1 - 0.5 * partly_seen(q, k, causal).double())
         between[rank].index_add_(0, rank_of, pairs.sum(0))
     steps = torch.arange(ranks)
     busiest = sum(between[steps, (steps - step) % ranks].max() for step in range(ranks))
