@@ -32,6 +32,7 @@ from launch.run.options import check_counts, refuse_empty_values
 from launch.run.preflight import check_run, meta_model
 from launch.run.recipes import recipe_file
 from launch.run.sections import RunConfig
+from launch.run.trust import add_trust_option
 from launch.run.writable import write_text_whole
 from launch.tasks.registry import make_task
 from launch.train import __file__ as TRAIN
@@ -57,6 +58,7 @@ class Run:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m launch.compare", description=__doc__)
+    add_trust_option(parser)
     parser.add_argument("comparison", help="YAML file, or a name: compare_isoflop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")

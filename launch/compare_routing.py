@@ -31,6 +31,7 @@ from launch.checkpoint.files import find_checkpoint, load_model
 from launch.data.text import TextConfig
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import check_counts
+from launch.run.trust import add_trust_option
 from launch.run.writable import check_file
 from launch.tasks import Batch
 from launch.tasks.registry import make_task
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m launch.compare_routing",
         description=__doc__,
     )
+    add_trust_option(parser)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
     parser.add_argument("--rows", type=int, default=32, help="rows of held-out text (default 32)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")

@@ -17,6 +17,7 @@ from launch.parity import parse_mesh
 from launch.run.config import ParallelConfig
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.sections import RunConfig
+from launch.run.trust import add_trust_option
 from launch.run.writable import check_folder
 from launch.run.zero import check_zero
 from parallel.checkpoint import save_atomically
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn a checkpoint of any ranks, mesh and ZeRO stage into one for any others.",
         epilog=_EPILOG,
     )
+    add_trust_option(parser)
     parser.add_argument("checkpoint", help="a checkpoint, or a run's folder for its newest")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
     parser.add_argument("--to", metavar="MESH", help="data=2,tensor=2: verify on that mesh")

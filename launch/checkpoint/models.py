@@ -14,6 +14,7 @@ from adaptive.models.decoder.model import Decoder
 from launch.checkpoint.files import find_checkpoint, load_model
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
+from launch.run.trust import add_trust_option
 from launch.tasks import Task
 from launch.tasks.registry import make_task
 
@@ -37,6 +38,7 @@ class SavedDecoder:
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """The argument of every program that reads one checkpoint."""
+    add_trust_option(parser)
     parser.add_argument("checkpoint", help="a checkpoint, or the folder of a run: its newest")
 
 

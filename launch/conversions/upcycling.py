@@ -35,10 +35,12 @@ from launch.run.config import from_mapping
 from launch.run.errors import BadInput
 from launch.run.options import check_seed
 from launch.run.sections import RunConfig
+from launch.run.trust import add_trust_option
 from launch.run.writable import check_folder
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    add_trust_option(parser)
     parser.add_argument("source", help="a run, a checkpoint, or a directory of transformers")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--experts", type=int, default=8, help="experts a layer (default 8)")

@@ -15,8 +15,10 @@ from typing import Any
 from launch.run.config import SECTIONS, load_config
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import refuse_empty_values
+from launch.run.plain_data import read_json
 from launch.run.recipes import deepspeed_file, recipe_file
 from launch.run.sections import RunConfig
+from launch.run.trust import add_trust_option
 from launch.run.validation import dataclass_in
 from launch.tasks.registry import task_class
 
@@ -54,6 +56,7 @@ def parse(
         metavar="JSON",
         help="laid over section deepspeed: a file, or a name of recipes/deepspeed",
     )
+    add_trust_option(parser)
     # What launchers add to every rank's command line.
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
@@ -73,6 +76,7 @@ def parse(
     # Ranks are told files: a name may mean another one where they stand.
     words = [] if options.config is None else ["--config", str(recipe_file(options.config))]
     words += options.overrides
+    words += ["--trust-code"] if options.trust_code else []
     config = load_config(options.config, options.overrides)
     if options.deepspeed_config is not None:
         file = deepspeed_file(options.deepspeed_config)
@@ -177,7 +181,7 @@ def _shown(value: Any) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except OSError as error:
         raise BadInput(f"--deepspeed-config={path}: {error.strerror}") from None
     except ValueError as error:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.run.errors import BadInput
 from launch.run.growth_phases import growth_phases
+from launch.run.plain_data import plain, read_yaml
 from launch.run.recipes import recipe_file
 from launch.run.sections import (
     CheckpointConfig,
@@ -29,6 +30,7 @@ from launch.run.sections import (
     RunConfig,
     TrainConfig,
 )
+from launch.run.trust import trust
 from launch.run.validation import suggestion, validated
 from launch.run.writable import write_text_whole
 from launch.tasks.registry import task_class
@@ -46,6 +48,9 @@ SECTIONS: dict[str, Any] = {
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe, apply overrides, check everything that can be checked without data.
 
+    The code that a recipe names is imported. Of a run.yaml that a run left behind, only what the
+    overrides name as well (`launch.run.trust`).
+
     Args:
         path: a YAML file, or the name of a recipe; None: the defaults.
         overrides: `section.key=value` or `phases[0].section.key=value`, values in YAML notation.
@@ -56,18 +61,22 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     """
     path = None if path is None else recipe_file(path)
     tree = {} if path is None else _read_yaml(path)
+    if path is None or not _left_by_a_run(path):
+        trust(_named_code(tree))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise BadInput(f"{override!r}: must be section.key=value")
         tree = _override(tree, override)
+        if key in _CODE:
+            trust(_named_code({key: tree.get(key)}))
     _check_in_force(tree, overrides)
     tree.setdefault("output", f"runs/{path.stem if path is not None else 'default'}")
     return from_mapping(tree)
 
 
 def from_mapping(tree: dict[str, Any]) -> RunConfig:
-    """Check plain data and make it a RunConfig.
+    """Check plain data and make it a RunConfig. Code that it names must be trusted by now.
 
     Raises:
         BadInput: one line that names the value and the rule.
@@ -116,8 +125,13 @@ def _with_growth(config: RunConfig) -> RunConfig:
 
 
 def load_saved(path: Path) -> RunConfig:
-    """The configuration that a checkpoint or run folder holds in run.yaml."""
-    return from_mapping(_read_yaml(path / "run.yaml"))
+    """The configuration that a checkpoint or run folder holds in run.yaml.
+
+    Raises:
+        UntrustedCode: it names a task or a plugin that the user does not.
+        BadInput: it is not one of this version's.
+    """
+    return from_mapping(_read_yaml(path / "run.yaml", interpolate=False))
 
 
 def save_resolved(config: RunConfig, path: Path) -> None:
@@ -125,16 +139,32 @@ def save_resolved(config: RunConfig, path: Path) -> None:
     write_text_whole(path, yaml.safe_dump(config.resolved(), sort_keys=False))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, *, interpolate: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"{path}: no such configuration file")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        tree = read_yaml(path, interpolate=interpolate)
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise BadInput(f"{path}: must be a mapping of sections")
     return typing.cast(dict[str, Any], tree)
+
+
+# Keys that name code.
+_CODE = ("task", "plugins")
+
+
+def _named_code(tree: dict[str, Any]) -> list[str]:
+    task, plugins = (tree.get(key) for key in _CODE)
+    named = [task, *(plugins if isinstance(plugins, list) else ())]
+    return [name for name in named if isinstance(name, str)]
+
+
+def _left_by_a_run(path: Path) -> bool:
+    """Whether a configuration lies in a checkpoint or in a run's folder."""
+    beside = ("state.json", "origin.json", "manifest.json", "checkpoints", "model.safetensors")
+    return any((path.parent / name).exists() for name in beside)
 
 
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
@@ -148,7 +178,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
             OmegaConf.update(merged, key, entry, merge=True)
         else:
             merged.merge_with(OmegaConf.from_dotlist([override]))
-        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+        return typing.cast(dict[str, Any], plain(merged))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise BadInput(f"{override}: {error}") from None
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
+from launch.run.trust import imported
 from launch.tasks import Task
 from parallel.mesh import Mesh
 
@@ -22,16 +22,13 @@ def task_class(name: str) -> type[Task]:
     """The task of that name, or a user's `module:Class`.
 
     Raises:
+        UntrustedCode: only a checkpoint names it.
         BadInput: unknown name, or nothing importable there.
     """
     home = _TASKS.get(name, name)
-    module, colon, attribute = home.partition(":")
-    if not colon:
+    if ":" not in home:
         raise BadInput(f"task={name}: must be one of {', '.join(_TASKS)}, or module:Class")
-    try:
-        found: Any = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"task={name}: cannot be imported: {error}") from None
+    found: Any = imported("task", home)
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise BadInput(f"task={name}: must be a subclass of launch.tasks.Task")
     return found
