@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -141,33 +142,77 @@ def problem_with(folder: Path, *, checksums: bool = True) -> str | None:
         checksums: False compares names and sizes only, which reads no file but the manifest.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
+        files = _manifest(folder)["files"]
+        # Sizes first: they find a truncated file without reading anything.
+        for name, entry in files.items():
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                return f"{name} is missing"
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes, {entry['bytes']} were written"
+        for name, entry in files.items() if checksums else ():
+            if _checksum(folder / name) != entry["sha256"]:
+                return f"{name} has another checksum than was written"
     except FileNotFoundError:
         return f"no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    # Sizes first: they find a truncated file without reading anything.
-    for name, entry in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            return f"{name} is missing"
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes, {entry['bytes']} were written"
-    for name, entry in files.items() if checksums else ():
-        if _checksum(folder / name) != entry["sha256"]:
-            return f"{name} has another checksum than was written"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ValueError as error:
+        return f"{MANIFEST} cannot be read: {error}"
     return None
 
 
-def newest_intact(root: Path, *, checksums: bool = True) -> Path | None:
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, checked to be one.
+
+    Raises:
+        OSError, ValueError: what is wrong with it.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(manifest, dict):
+        raise ValueError("must be a mapping")
+    step, files = manifest.get("step"), manifest.get("files")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step={step!r}: must be a count")
+    named = re.search(rf"{_PREFIX}(\d+)$", folder.name)
+    if named is not None and step != int(named[1]):
+        raise ValueError(f"step={step}: is not that of {folder.name}")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"files={files!r}: must name the files")
+    for name, entry in files.items():
+        if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"files: {name!r} is outside the checkpoint")
+        if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
+            raise ValueError(f"files: {name} must have its bytes and its sha256")
+        size, digest = entry["bytes"], entry["sha256"]
+        if type(size) is not int or not re.fullmatch("[0-9a-f]{64}", str(digest)):
+            raise ValueError(f"files: {name} has {size!r} bytes and the checksum {digest!r}")
+    return manifest
+
+
+def newest_intact(
+    root: Path,
+    *,
+    checksums: bool = True,
+    accept: Callable[[Path], str | None] | None = None,
+) -> Path | None:
     """The newest checkpoint that is intact; damaged ones are warned about and passed over.
 
-    Not collective: call it on one rank and tell the others. For `checksums` see `problem_with`.
+    Not collective: call it on one rank and tell the others.
+
+    Args:
+        root: folder of checkpoints.
+        checksums: see `problem_with`.
+        accept: why an intact one is of no use all the same; None: it is of use.
     """
     for folder in sorted(_checkpoints(root), reverse=True):
         problem = problem_with(folder, checksums=checksums)
+        if problem is None and accept is not None:
+            problem = accept(folder)
         if problem is None:
             return folder
         warnings.warn(f"{folder}: skipped, {problem}", stacklevel=2)
@@ -190,7 +235,7 @@ def set_aside_above(folder: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     """The step that a checkpoint was made at."""
-    return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"])
+    return int(_manifest(folder)["step"])
 
 
 def _checkpoints(root: Path) -> Iterator[Path]:

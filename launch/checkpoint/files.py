@@ -26,18 +26,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from launch.checkpoint.contents import (
+    OPTIMIZER,
+    TASK_STATE,
+    WEIGHTS,
+    newest_checkpoint,
+    problem_with_checkpoint,
+    read_state,
+)
 from launch.checkpoint.shards import whole_moments
 from launch.checkpoint.state import RunState, WholeState
 from launch.run.config import load_saved, save_resolved
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
+from launch.run.writable import follow_umask
 from launch.tasks.registry import make_task
-from parallel.checkpoint import MANIFEST, FailedElsewhere, newest_intact, problem_with
+from parallel.checkpoint import MANIFEST, FailedElsewhere
 from parallel.mesh import Mesh
 
 # DeepSpeed's names of optimizers whose state is a step, exp_avg and exp_avg_sq.
 _ADAMS = ("adam", "adamw", "lamb", "muadam", "muadamw")
-WEIGHTS, OPTIMIZER, TASK_STATE = "model.safetensors", "optimizer.safetensors", "task.safetensors"
 
 
 def find_checkpoint(path: str | Path, *, checksums: bool = True) -> Path:
@@ -51,13 +59,15 @@ def find_checkpoint(path: str | Path, *, checksums: bool = True) -> Path:
         BadInput: there is none, or the one named is damaged.
     """
     path = Path(path).expanduser()
+    if path.is_file():
+        raise BadInput(f"{path}: is a file, must be the folder of a checkpoint or of a run")
     if (path / MANIFEST).is_file() or (path / "state.json").is_file():
-        problem = problem_with(path, checksums=checksums)
+        problem = problem_with_checkpoint(path, checksums=checksums)
         if problem is not None:
             raise BadInput(f"{path}: is not an intact checkpoint: {problem}")
         return path
     for root in (path / "checkpoints", path):
-        found = newest_intact(root, checksums=checksums)
+        found = newest_checkpoint(root, checksums=checksums)
         if found is not None:
             return found
     raise BadInput(f"{path}: holds no intact checkpoint")
@@ -137,11 +147,6 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def read_state(folder: Path) -> RunState:
-    """Where the run was that wrote the checkpoint."""
-    return RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-
-
 def write_description(folder: Path, state: RunState, config: RunConfig) -> None:
     """Write state.json and run.yaml."""
     text = json.dumps(dataclasses.asdict(state), indent=1)
@@ -152,6 +157,7 @@ def write_description(folder: Path, state: RunState, config: RunConfig) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write named tensors as a safetensors file."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    follow_umask(path)
 
 
 def shard_format(config: RunConfig) -> tuple[bool, bool, str]:

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launch.checkpoint.contents import ENGINE as TAG
+from launch.checkpoint.engine_files import only_data
 from launch.run.config import load_saved
 from launch.run.errors import BadInput
 from launch.run.optimizer import parameter_groups
+from launch.run.writable import scratch_folder
 from launch.tasks.registry import make_task
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PREFIX = "model."  # of parameters in DeepSpeed's files: launch.run.engine.Objective holds the model
-TAG = "engine"
 
 
 def whole_moments(folder: Path) -> dict[str, Tensor]:
@@ -35,15 +37,18 @@ def whole_moments(folder: Path) -> dict[str, Tensor]:
     source = folder / TAG
     if not list(source.glob("*optim_states.pt")):
         return _numbered_moments(folder)
-    with tempfile.TemporaryDirectory(prefix="universal-", dir=folder.parent) as scratch:
-        out = Path(scratch) / TAG
+    with scratch_folder("universal-", near=folder.parent) as scratch:
+        out = scratch / TAG
         _convert(source, out)
         moments = {}
         shapes = _shapes(folder)
         for kind in MOMENTS:
             for name, shape in shapes.items():
+                if 0 in shape:  # in no shard
+                    moments[f"{kind}/{name}"] = torch.zeros(shape)
+                    continue
                 file = out / "zero" / f"{PREFIX}{name}" / f"{kind}.pt"
-                saved = torch.load(file, map_location="cpu", weights_only=False)
+                saved = torch.load(file, map_location="cpu", weights_only=True)
                 tensor = saved["param"] if isinstance(saved, dict) else saved
                 moments[f"{kind}/{name}"] = tensor.float().reshape(shape).clone()
     return moments
@@ -104,8 +109,10 @@ def _convert(source: Path, out: Path) -> None:
     )
     said = io.StringIO()
     try:
-        with redirect_stdout(said), redirect_stderr(said):
+        with redirect_stdout(said), redirect_stderr(said), only_data(source):
             main(options)
+    except BadInput:
+        raise
     except Exception as error:  # whatever it meets in a file
         raise BadInput(f"{source}: DeepSpeed cannot convert it: {error}") from error
 
@@ -144,7 +151,8 @@ def set_whole(
     with torch.no_grad():
         for name, parameter in parameters.items():
             _fill(parameter, weights[name], None)
-            for kind in MOMENTS if moments and parameter.requires_grad else ():
+            stepped = moments and parameter.requires_grad and weights[name].numel()
+            for kind in MOMENTS if stepped else ():
                 whole = moments[f"{kind}/{name}"]
                 if not _fill(parameter, whole, kind):
                     inner.state[parameter][kind].copy_(whole)
@@ -189,7 +197,8 @@ def _numbered_moments(folder: Path) -> dict[str, Tensor]:
     files = sorted((folder / TAG).glob("mp_rank_*_model_states.pt"))
     if len(files) != 1:
         raise BadInput(f"{folder / TAG}: has {len(files)} files of model states, must have one")
-    saved = torch.load(files[0], map_location="cpu", weights_only=False)["optimizer"]
+    with only_data(files[0]):
+        saved = torch.load(files[0], map_location="cpu", weights_only=True)["optimizer"]
     config = load_saved(folder)
     model = _meta_model(folder)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -199,6 +208,9 @@ def _numbered_moments(folder: Path) -> dict[str, Tensor]:
     for number, name in enumerate(order):
         for kind in MOMENTS:
             moments[f"{kind}/{name}"] = saved["state"][number][kind].float()
+    for name, parameter in model.named_parameters():
+        for kind in MOMENTS if parameter.requires_grad and not parameter.numel() else ():
+            moments[f"{kind}/{name}"] = torch.zeros(parameter.shape)
     return moments
 
 

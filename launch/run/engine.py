@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launch.checkpoint.engine_files import only_data, problem_with_shard
 from launch.checkpoint.files import OPTIMIZER, save_tensors
 from launch.checkpoint.shards import MOMENTS, TAG, link_moments, set_whole, write_errors_last
 from launch.checkpoint.state import WholeState
@@ -97,7 +98,7 @@ class Engine:
             mpu=mesh.mpu,
             dist_init_required=False,
         )
-        self._linked = False
+        self._linked = self._saves_data = False
         self._gradient_norm: float | None = None
         self._watch_gradient_norm()
 
@@ -226,12 +227,24 @@ class Engine:
                 client_state={"universal_checkpoint_info": info},
                 save_latest=False,
             )
+        if not self._saves_data:
+            self._check_shards(folder)
+            self._saves_data = True
+
+    def _check_shards(self, folder: Path) -> None:
+        """Check that what an optimizer of one's own keeps can be read again, by the first save."""
+        shards = sorted((folder / TAG).rglob("*.pt"))
+        for shard in shards[torch.distributed.get_rank() :: torch.distributed.get_world_size()]:
+            problem = problem_with_shard(shard)
+            if problem is not None:
+                raise OSError(f"{shard.name} could never be read again: it {problem}")
 
     def load(self, folder: Path) -> None:
         """Take back what `save` wrote, with the same ranks and ZeRO stage. Collective."""
-        loaded, _ = self._engine.load_checkpoint(
-            str(folder), tag=TAG, load_lr_scheduler_states=False
-        )
+        with only_data(folder / TAG):
+            loaded, _ = self._engine.load_checkpoint(
+                str(folder), tag=TAG, load_lr_scheduler_states=False
+            )
         if loaded is None:
             raise BadInput(f"{folder}: holds no engine state")
         # The checkpoint brings its own; this run's configuration rules.

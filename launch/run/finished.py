@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from launch.checkpoint.contents import newest_checkpoint
 from launch.checkpoint.files import read_state
 from launch.checkpoint.state import RunState
 from launch.run.arguments import parse
 from launch.run.errors import exit_on_bad_input
 from launch.run.sections import RunConfig
 from launch.start import launcher_options
-from parallel.checkpoint import newest_intact
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def unfinished(config: RunConfig) -> str | None:
     """How far a run is that has not taken all its steps; None: it has."""
     phases = config.phase_configs()
     # Sizes only: who reads the checkpoint next compares its checksums.
-    newest = newest_intact(Path(config.output) / "checkpoints", checksums=False)
+    newest = newest_checkpoint(Path(config.output) / "checkpoints", checksums=False)
     state = RunState() if newest is None else read_state(newest)
     if state.phase + 1 >= len(phases) and state.phase_step >= phases[-1].train.steps:
         return None

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launch.checkpoint.contents import newest_checkpoint
 from launch.run.errors import BadInput
 from launch.run.preflight import starting_checkpoint
 from launch.run.sections import RunConfig
-from parallel.checkpoint import MANIFEST, newest_intact, set_aside_above
+from parallel.checkpoint import MANIFEST, set_aside_above
 
 ORIGIN = "origin.json"
 # What a run writes into its folder: an earlier run keeps it under another name.
@@ -46,7 +47,7 @@ def where_to_start(config: RunConfig) -> Path | None:
         return source
     origin = _origin(config, source)
     if source is not None and _read(output / ORIGIN) == origin:
-        own = newest_intact(root)
+        own = newest_checkpoint(root)
         if own is not None:
             return own
     if source is not None and _is_inside(source, root):

@@ -19,6 +19,7 @@ from adaptive.flops import executed_flops, nominal_flops
 from adaptive.observe.monitor import Monitor
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import RoutingRecord, RoutingTape
+from launch.checkpoint.contents import newest_checkpoint
 from launch.checkpoint.files import (
     OPTIMIZER,
     TASK_STATE,
@@ -44,7 +45,7 @@ from launch.run.optimizer import learning_rate_at
 from launch.run.ranks import StopRequest, is_first
 from launch.run.sections import RunConfig
 from launch.tasks import Batch, Task
-from parallel.checkpoint import newest_intact, save_atomically, step_of, together
+from parallel.checkpoint import save_atomically, step_of, together
 from parallel.mesh import Mesh
 
 Tensors = dict[str, Tensor]
@@ -107,6 +108,8 @@ class Loop:
         # Whole shapes: the model's own parameters are slices, and under ZeRO 3 empty.
         with torch.device("meta") as meta:
             self._shapes = type(task)(config, mesh=Mesh.single(), device=meta).build_model()
+        trained = [n for n, p in self._shapes.named_parameters() if p.requires_grad and p.numel()]
+        self._unmoved = trained
 
     def step(self) -> StepReport:
         """Take one optimizer step on the next rows of the stream."""
@@ -231,7 +234,7 @@ class Loop:
             reason = write_problem(error)
             if reason is None:
                 raise
-            newest = newest_intact(self.root, checksums=False)
+            newest = newest_checkpoint(self.root, checksums=False)
             left = "there is none" if newest is None else f"newest is step {step_of(newest)}"
             raise RunFailed(
                 f"{self.config.output}: {reason} (checkpoint of step {step} not written; {left})"
@@ -275,7 +278,7 @@ class Loop:
         if fits and sharded and same:
             self.engine.load(folder)
         else:
-            whole = _read_once(folder, moments=moments)
+            whole = _read_once(folder, self.root, moments=moments)
             if not fits and self.state.phase_step == 0:
                 whole = self.task.adapt(whole)
             shapes = {name: tuple(tensor.shape) for name, tensor in whole.weights.items()}
@@ -369,14 +372,20 @@ def _sum_over(sums: Tensor, mesh: Mesh) -> None:
     sums *= mesh.replicas / dist.get_world_size()
 
 
-def _read_once(folder: Path, *, moments: bool) -> WholeState:
-    """A checkpoint as whole tensors; what must be converted is converted by one rank."""
+def _read_once(folder: Path, root: Path, *, moments: bool) -> WholeState:
+    """A checkpoint as whole tensors; what must be converted is converted by one rank.
+
+    Args:
+        folder: the checkpoint, of which nothing is changed.
+        root: the run's own checkpoints, a folder that every rank sees.
+        moments: see `read_whole`.
+    """
     if not moments or (folder / OPTIMIZER).is_file() or dist.get_world_size() == 1:
         return read_whole(folder, moments=moments)
-    scratch = folder.with_name(f".whole-{folder.name}")
+    scratch = root / f".whole-{folder.name}"
     if is_first():
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
+        scratch.mkdir(parents=True)
         write_whole(scratch, read_whole(folder))
     dist.barrier()
     whole = read_whole(scratch)

@@ -13,8 +13,11 @@ Named = tuple[str, nn.Parameter]
 
 
 def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, object]]:
-    """Two groups for AdamW: matrices, which decay, and everything else, which does not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Two groups for AdamW: matrices, which decay, and everything else, which does not.
+
+    A parameter of no elements has nothing to step; DeepSpeed's shards cannot hold it.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad and p.numel()]
     matrices = [p for p in trained if p.ndim >= 2]
     others = [p for p in trained if p.ndim < 2]
     groups = [
@@ -30,7 +33,7 @@ def audit_groups(model: nn.Module, groups: Iterable[dict[str, object]]) -> str:
     Raises:
         ValueError: names the first parameter that is in none, in several, or not of the model.
     """
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     seen: dict[int, int] = {}
     sizes = []
     for group in groups:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from launch.checkpoint.contents import newest_checkpoint
 from launch.checkpoint.files import check_same_model, find_checkpoint, read_state
 from launch.run.config import load_saved
 from launch.run.deepspeed_section import check_deepspeed
@@ -17,7 +18,6 @@ from launch.run.sections import RunConfig
 from launch.run.writable import check_folder
 from launch.run.zero import check_zero
 from launch.tasks.registry import make_task, task_class
-from parallel.checkpoint import newest_intact
 from parallel.mesh import Mesh, data_degree
 
 
@@ -41,11 +41,23 @@ def check_run(config: RunConfig, *, ranks: int) -> None:
         check_zero(stage, tensor=axes.tensor, expert=axes.expert)
         engine_settings(phase, data)
         task_class(phase.task).check(phase)
-        meta_model(phase, mesh)
+        _check_elements(meta_model(phase, mesh), stage)
     # Sizes only: the run itself compares the checksums, once.
     source = starting_checkpoint(config, checksums=False)
     if source is not None:
         check_continues(config, source)
+
+
+def _check_elements(model: nn.Module, stage: int) -> None:
+    """Refuse what DeepSpeed asserts against when ranks have started."""
+    if stage != 3:
+        return
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            raise BadInput(
+                f"deepspeed.zero_optimization.stage=3: cannot shard {name} "
+                f"{list(parameter.shape)}, which has no elements; use ZeRO 0, 1 or 2"
+            )
 
 
 def starting_checkpoint(config: RunConfig, *, checksums: bool = True) -> Path | None:
@@ -62,7 +74,7 @@ def starting_checkpoint(config: RunConfig, *, checksums: bool = True) -> Path | 
     if resume == "never":
         return None
     if resume == "auto":
-        return newest_intact(Path(config.output) / "checkpoints", checksums=checksums)
+        return newest_checkpoint(Path(config.output) / "checkpoints", checksums=checksums)
     return find_checkpoint(resume, checksums=checksums)
 
 

@@ -1,7 +1,8 @@
-"""Whether a folder or file can be written, found out before the work; and files written whole."""
+"""Writing: whether one can, found out before the work; files whole; permissions by the umask."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,3 +73,31 @@ def write_text_whole(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def follow_umask(path: Path) -> None:
+    """Give what was made for its owner alone the permissions of any new file or folder.
+
+    Of `mkdtemp`, `mkstemp` and safetensors: a shared cache or checkpoint would be its first
+    user's only.
+    """
+    # The mask can only be read by setting it: meanwhile a file is too private, never too open.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+@contextmanager
+def scratch_folder(prefix: str, *, near: Path) -> Iterator[Path]:
+    """A private folder of a name that nobody foresees, removed at the end.
+
+    Args:
+        prefix: of its name.
+        near: where large files have room; the system's own place where it cannot be written.
+    """
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=prefix, dir=near)
+    except OSError:
+        scratch = tempfile.TemporaryDirectory(prefix=prefix)
+    with scratch as folder:
+        yield Path(folder)
