@@ -6,6 +6,7 @@ Shape legend: C channels, H height, W width, N images of a file.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -256,17 +257,20 @@ class Pictures(_ClassFolders):
         with self._open(file) as picture:
             try:
                 pixels = np.asarray(_upright(picture).convert(self._mode))
-            except OSError as error:
+            except Exception as error:  # a decoder meets anything in a damaged file
                 raise BadInput(f"{file}: is no intact picture: {error}") from None
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     def _open(self, file: Path) -> Any:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         try:
-            picture = Image.open(file)
-        except (UnidentifiedImageError, OSError) as error:
+            with warnings.catch_warnings():
+                # Of many pixels, which the size below refuses unless they were asked for.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                picture = Image.open(file)
+        except Exception as error:  # also of too many pixels to be meant
             raise BadInput(f"{file}: is no intact picture: {error}") from None
         if picture.size != self._size:
             raise BadInput(
