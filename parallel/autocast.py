@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 # Devices of shapes alone, as "meta", know none. Asked here: torch 2.11's compiler cannot.
-_KNOWING = frozenset(
+_AUTOCAST_DEVICES = frozenset(
     name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name)
 )
 
 
 def autocast_on(device_type: str) -> bool:
     """Whether autocast is on there."""
-    return device_type in _KNOWING and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:

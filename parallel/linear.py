@@ -48,8 +48,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     if (
         not coming_back
         or not worth_compiling(rows, weight_OI)
-        or not by_onednn(x)
-        or not by_onednn(weight_OI)
+        or not uses_onednn(x)
+        or not uses_onednn(weight_OI)
         or not plain_eager()
     ):
         return F.linear(x, weight_OI, bias_O)
@@ -151,8 +151,8 @@ def product(
             whether it lies there depends on the library.
     """
     worth = worth_compiling(a_MK.shape[0], b_KN)
-    if worth and by_onednn(a_MK) and _whole(a_MK) and _whole(b_KN):
-        if bias is None and not a_MK.is_contiguous() and _dearer_to_copy(a_MK, b_KN):
+    if worth and uses_onednn(a_MK) and _dense_layout(a_MK) and _dense_layout(b_KN):
+        if bias is None and not a_MK.is_contiguous() and _transposed_is_cheaper(a_MK, b_KN):
             transposed_MN = _onednn(b_KN.t(), a_MK, None, "none", [], "").t()
             return transposed_MN.contiguous() if out is None else out.copy_(transposed_MN)
         return _onednn(a_MK, b_KN.t(), bias, "none", [], "")
@@ -163,7 +163,7 @@ def product(
 
 def add_product(total_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
     """`total += a @ b`, in place."""
-    if by_onednn(a_MK):
+    if uses_onednn(a_MK):
         total_MN.add_(product(a_MK, b_KN))
     else:
         # Not addmm_, which FLOP counters do not know.
@@ -172,7 +172,7 @@ def add_product(total_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
 
 def rounded_rows(rows: int, weight: Tensor) -> int:
     """How many rows to multiply by `weight` where `rows` of them mean anything."""
-    if not (by_onednn(weight) and worth_compiling(rows, weight)):
+    if not (uses_onednn(weight) and worth_compiling(rows, weight)):
         return rows
     return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
@@ -182,7 +182,7 @@ def worth_compiling(rows: int, weight: Tensor) -> bool:
     return rows * weight.shape[0] * weight.shape[1] >= _WORTH_COMPILING
 
 
-def _dearer_to_copy(a_MK: Tensor, b_KN: Tensor) -> bool:
+def _transposed_is_cheaper(a_MK: Tensor, b_KN: Tensor) -> bool:
     """Whether `a` is so large that `(bᵀ aᵀ)ᵀ`, and a copy of that, is cheaper than `a b`.
 
     oneDNN's call copies a first factor that is a transposed view.
@@ -191,7 +191,7 @@ def _dearer_to_copy(a_MK: Tensor, b_KN: Tensor) -> bool:
     return k * (m - n) > 2 * m * n
 
 
-def _whole(matrix: Tensor) -> bool:
+def _dense_layout(matrix: Tensor) -> bool:
     """Whether it is no slice of a wider matrix: oneDNN takes a thousand times as long for those."""
     return matrix.is_contiguous() or matrix.t().is_contiguous()
 
@@ -210,7 +210,7 @@ def plain_eager() -> bool:
     )
 
 
-def by_onednn(x: Tensor) -> bool:
+def uses_onednn(x: Tensor) -> bool:
     """Whether large products of tensors like `x` go to oneDNN."""
     return (
         x.device.type == "cpu"

@@ -104,7 +104,7 @@ class Mesh:
 
         groups = megatron.initialize(tensor=tensor, context=context, expert=expert)
         sequence_parallel = sequence_parallel and tensor > 1
-        batch = _unless_alone(groups.batch)
+        batch = _none_if_single(groups.batch)
         shards = groups.tensor_context if sequence_parallel else groups.context
         return Mesh(
             data=data,
@@ -117,13 +117,13 @@ class Mesh:
             tensor_rank=dist.get_rank(groups.tensor),
             context_rank=dist.get_rank(groups.context),
             expert_rank=dist.get_rank(groups.expert),
-            data_group=_unless_alone(groups.data),
-            tensor_group=_unless_alone(groups.tensor),
-            context_group=_unless_alone(groups.context),
-            expert_group=_unless_alone(groups.expert),
-            expert_data_group=_unless_alone(groups.expert_data),
+            data_group=_none_if_single(groups.data),
+            tensor_group=_none_if_single(groups.tensor),
+            context_group=_none_if_single(groups.context),
+            expert_group=_none_if_single(groups.expert),
+            expert_data_group=_none_if_single(groups.expert_data),
             batch_group=batch,
-            shard_group=_unless_alone(shards),
+            shard_group=_none_if_single(shards),
             token_group=everyone if sequence_parallel else batch,
             mpu=None if tensor == 1 else ModelParallelUnit(groups.tensor, groups.batch),
         )
@@ -272,5 +272,5 @@ def _divisors(number: int) -> str:
     return ", ".join(str(d) for d in sorted({*small, *(number // d for d in small)}))
 
 
-def _unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+def _none_if_single(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
     return None if dist.get_world_size(group) == 1 else group

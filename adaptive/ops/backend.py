@@ -121,13 +121,13 @@ def explain(op: str, example: Tensor) -> dict[str, str]:
     Of several with one name (two versions of a library) the one that can serve is told.
     """
     chosen = choose(op, example)
-    said: dict[str, str] = {}
+    found: dict[str, str] = {}
     for candidate in _REGISTRY[op]:
         if candidate is chosen:
-            said[candidate.name] = "chosen"
-        elif said.get(candidate.name) not in ("chosen", "available"):
-            said[candidate.name] = candidate.refusal(example) or "available"
-    return said
+            found[candidate.name] = "chosen"
+        elif found.get(candidate.name) not in ("chosen", "available"):
+            found[candidate.name] = candidate.refusal(example) or "available"
+    return found
 
 
 def operations() -> list[str]:

@@ -33,7 +33,7 @@ from adaptive.ops.parameter_weights import (
 )
 from adaptive.routing.recompute import decide
 from parallel.autocast import computing_dtype, without_autocast
-from parallel.linear import add_product, by_onednn, product
+from parallel.linear import add_product, product, uses_onednn
 
 # Scores of one block, in numbers a thread: 1 MiB of float32 stays in a core's second-level cache.
 _CACHED_NUMBERS = 1 << 18
@@ -196,7 +196,7 @@ class _Blocked(torch.autograd.Function):
         statistic_T1 = x_TD.new_empty(tokens, 1, dtype=statistic_dtype(x_TD))
         out_TO = x_TD.new_empty(tokens, values_NO.shape[1])
         buffer = x_TD.new_empty(min(span, tokens), width)
-        scores = None if kept is not None or by_onednn(x_TD) else torch.empty_like(buffer)
+        scores = None if kept is not None or uses_onednn(x_TD) else torch.empty_like(buffer)
         for first, last in _stretches(0, tokens, span):
             scores_SN = _scores(x_TD, keys_ND, kept, scores, first, last)
             weights_SN = buffer[: last - first]
@@ -229,7 +229,7 @@ class _Blocked(torch.autograd.Function):
         )
         buffer = x_TD.new_empty(min(span, tokens), width)
         scratch = x_TD.new_empty(min(rows, tokens), width)
-        scores = None if kept is not None or by_onednn(x_TD) else torch.empty_like(buffer)
+        scores = None if kept is not None or uses_onednn(x_TD) else torch.empty_like(buffer)
         for first, last in _stretches(0, tokens, span):
             prepared_SN = _scores(x_TD, keys_ND, kept, scores, first, last)
             if kept is None:

@@ -85,7 +85,7 @@ class _QueriesTravel(torch.autograd.Function):
     ) -> Tensor:
         ring = _Ring(layout)
         held, rows = q_tHh, q_tHh.shape[0]
-        out, lse = _nothing(q_tHh)
+        out, lse = _empty_attention(q_tHh)
         for step in range(ring.ranks):
             owner = (ring.rank - step) % ring.ranks
             following = ring.pass_on(held, step)
@@ -143,7 +143,7 @@ class _KeysTravel(torch.autograd.Function):
     ) -> Tensor:
         ring = _Ring(keys)
         held = torch.cat([k_sGh, v_sGh], -1)
-        out, lse = _nothing(q_tHh)
+        out, lse = _empty_attention(q_tHh)
         for step in range(ring.ranks):
             following = ring.pass_on(held, step)
             k, v = held.chunk(2, -1)
@@ -227,7 +227,7 @@ class _Ring:
         return dist.get_global_rank(self.group, rank % self.ranks)
 
 
-def _nothing(q_tHh: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_attention(q_tHh: Tensor) -> tuple[Tensor, Tensor]:
     """Attention to no key: zeros, and a log-sum-exp of -inf."""
     out = torch.zeros_like(wide(q_tHh))
     return out, out.new_full(out.shape[:2], -torch.inf)

@@ -55,7 +55,7 @@ class RingOrder:
         rank, device = dist.get_rank(group), positions_T.device
         own = positions_T.split(list(sizes))[rank]
         on_host = torch.stack([positions_T, sequences_T]).cpu()
-        owners = zigzag_where_it_pays(on_host, sizes, causal=causal)
+        owners = zigzag_if_cheaper(on_host, sizes, causal=causal)
         if owners is None:
             layout = RingLayout.of(
                 positions_T, sequences_T, sizes, group, causal=causal, on_host=on_host
@@ -73,16 +73,16 @@ class RingOrder:
         )
         return RingOrder(layout, own, Moves.of(owners, sizes, rank, group, device))
 
-    def there(self, parts: list[Tensor]) -> list[Tensor]:
+    def to_ring(self, parts: list[Tensor]) -> list[Tensor]:
         """Rows of the same tokens, [t, heads, h] each, to where attention wants them."""
         if self.moves is None:
             return parts
-        joined = self.moves.there(torch.cat(parts, 1))
+        joined = self.moves.to_ring(torch.cat(parts, 1))
         return list(joined.split([part.shape[1] for part in parts], 1))
 
-    def back(self, x_tHh: Tensor) -> Tensor:
+    def from_ring(self, x_tHh: Tensor) -> Tensor:
         """Rows where they came from."""
-        return x_tHh if self.moves is None else self.moves.back(x_tHh)
+        return x_tHh if self.moves is None else self.moves.from_ring(x_tHh)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +115,11 @@ class Moves:
             tuple(count[rank] for count in counts),
         )
 
-    def there(self, x: Tensor) -> Tensor:
+    def to_ring(self, x: Tensor) -> Tensor:
         x = _Permute.apply(x, self.order, self.inverse)
         return exchange_rows(x, self.group, self.sent, self.received)
 
-    def back(self, x: Tensor) -> Tensor:
+    def from_ring(self, x: Tensor) -> Tensor:
         x = exchange_rows(x, self.group, self.received, self.sent)
         return _Permute.apply(x, self.inverse, self.order)
 
@@ -155,7 +155,7 @@ def zigzag_owners(sequences_T: Tensor, ranks: int) -> Tensor:
     return torch.minimum(chunk, 2 * ranks - 1 - chunk)
 
 
-def zigzag_where_it_pays(
+def zigzag_if_cheaper(
     on_host: Tensor, sizes: tuple[int, ...], *, causal: bool = True
 ) -> Tensor | None:
     """`zigzag_owners`, or None where rows had better stay.
@@ -165,13 +165,13 @@ def zigzag_where_it_pays(
         sizes: rows of each rank.
         causal: whether there is a causal mask.
     """
-    stays, mean = longest(on_host, sizes, causal=causal)
+    stays, mean = ring_pairs(on_host, sizes, causal=causal)
     most = stays - SAVED_PAIRS * on_host.shape[1] / len(sizes)
     if mean > most or not mean:  # nothing could save enough
         return None
     owners = zigzag_owners(on_host[1], len(sizes))
     evened = on_host[:, owners.argsort(stable=True)]
-    moved, _ = longest(evened, _held(owners, len(sizes)), causal=causal)
+    moved, _ = ring_pairs(evened, _held(owners, len(sizes)), causal=causal)
     return owners if moved <= most else None
 
 
@@ -185,14 +185,14 @@ def _moved_share(sequences: int, length: int, ranks: int, _: float) -> float:
     positions = torch.arange(length).repeat(sequences)
     on_host = torch.stack([positions, torch.arange(sequences).repeat_interleave(length)])
     sizes = even_shards(sequences * length, ranks)
-    owners = zigzag_where_it_pays(on_host, sizes)
+    owners = zigzag_if_cheaper(on_host, sizes)
     if owners is None:
         return 0.0
     holders = torch.arange(ranks).repeat_interleave(torch.tensor(sizes))
     return float((owners != holders).double().mean())
 
 
-def longest(on_host: Tensor, sizes: tuple[int, ...], *, causal: bool) -> tuple[float, float]:
+def ring_pairs(on_host: Tensor, sizes: tuple[int, ...], *, causal: bool) -> tuple[float, float]:
     """Query-key pairs of the busiest rank, summed over the steps of the ring, and of the mean one.
 
     Half the pairs of two runs count where some are hidden from each other.

@@ -18,10 +18,10 @@ from parallel.ring import order as ring_order
 from parallel.ring.attention import zigzag_rows
 from parallel.ring.order import (
     RingOrder,
-    longest,
     moved_share,
+    ring_pairs,
+    zigzag_if_cheaper,
     zigzag_owners,
-    zigzag_where_it_pays,
 )
 from parallel.rows import even_shards
 from tests.distributed.subjects import FAMILIES
@@ -66,11 +66,11 @@ def test_the_busiest_rank_then_computes_little_more_than_the_mean(
     layout = TokenLayout.dense(sequences, 1024)
     sizes = even_shards(layout.tokens, ranks)
     on_host = _on_host(layout)
-    owners = zigzag_where_it_pays(on_host, sizes)
+    owners = zigzag_if_cheaper(on_host, sizes)
     assert owners is not None
-    stays, mean = longest(on_host, sizes, causal=True)
+    stays, mean = ring_pairs(on_host, sizes, causal=True)
     evened = on_host[:, owners.argsort(stable=True)]
-    moved, same = longest(evened, tuple(owners.bincount().tolist()), causal=True)
+    moved, same = ring_pairs(evened, tuple(owners.bincount().tolist()), causal=True)
     assert same == pytest.approx(mean, rel=0.02)
     assert moved < 1.05 * mean < 0.85 * stays
 
@@ -79,13 +79,13 @@ def test_the_busiest_rank_then_computes_little_more_than_the_mean(
 def test_rows_stay_where_ranks_have_whole_sequences(lengths: tuple[int, ...], ranks: int) -> None:
     layout = TokenLayout.from_lengths(lengths)
     sizes = even_shards(layout.tokens, ranks)
-    assert zigzag_where_it_pays(_on_host(layout), sizes) is None
+    assert zigzag_if_cheaper(_on_host(layout), sizes) is None
     # Nor does anything move without a mask, or for few pairs.
     long = _on_host(TokenLayout.dense(1, 256))
-    assert zigzag_where_it_pays(long, (128, 128), causal=False) is None
-    assert zigzag_where_it_pays(long, (128, 128)) is not None
+    assert zigzag_if_cheaper(long, (128, 128), causal=False) is None
+    assert zigzag_if_cheaper(long, (128, 128)) is not None
     ring_order.SAVED_PAIRS = 1024
-    assert zigzag_where_it_pays(long, (128, 128)) is None
+    assert zigzag_if_cheaper(long, (128, 128)) is None
 
 
 def _there_and_back(sizes: tuple[int, ...]) -> tuple[list[int], list[int], list[float], int]:
@@ -96,8 +96,8 @@ def _there_and_back(sizes: tuple[int, ...]) -> tuple[list[int], list[int], list[
     order = RingOrder.of(rows, layout.sequence_ids, sizes, mesh.context_group)
     own = rows.split(list(sizes))[mesh.context_rank]
     x = own.double()[:, None, None].expand(-1, 2, 3).clone().requires_grad_()
-    moved, again = order.there([x, x[:, :1] + 100])
-    back = order.back(moved * moved.detach())
+    moved, again = order.to_ring([x, x[:, :1] + 100])
+    back = order.from_ring(moved * moved.detach())
     back.sum().backward()
     assert x.grad is not None
     assert torch.equal(again[:, 0], moved[:, 0] + 100)

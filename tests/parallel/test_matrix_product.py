@@ -5,7 +5,7 @@ import torch
 
 from parallel import linear as matrix_product
 from parallel.flop_formulas import torch_flop_counter
-from parallel.linear import add_product, by_onednn, product
+from parallel.linear import add_product, product, uses_onednn
 
 SHAPES = [
     (0, 5, 7),
@@ -81,11 +81,11 @@ def test_rows_are_rounded_up_where_shapes_are_compiled(
 
 
 def test_only_float32_on_a_cpu_goes_to_onednn(library: str) -> None:
-    assert by_onednn(torch.ones(1)) == (library == "onednn")
-    assert not by_onednn(torch.ones(1, dtype=torch.float64))
-    assert not by_onednn(torch.ones(1, device="meta"))
+    assert uses_onednn(torch.ones(1)) == (library == "onednn")
+    assert not uses_onednn(torch.ones(1, dtype=torch.float64))
+    assert not uses_onednn(torch.ones(1, device="meta"))
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        assert not by_onednn(torch.ones(1))
+        assert not uses_onednn(torch.ones(1))
 
 
 @pytest.mark.parametrize(

@@ -260,15 +260,15 @@ class Attention(nn.Module):
         positions = None if keys is layout else others.positions
         q_RHh, k_TGh = self._rotate(q_RHh, k_TGh, own.positions, positions)
         if keys is layout:
-            q_RHh, k_TGh, v_TGh = own.there([q_RHh, k_TGh, v_TGh])
+            q_RHh, k_TGh, v_TGh = own.to_ring([q_RHh, k_TGh, v_TGh])
         else:
-            (q_RHh,) = own.there([q_RHh])
-            k_TGh, v_TGh = others.there([k_TGh, v_TGh])
+            (q_RHh,) = own.to_ring([q_RHh])
+            k_TGh, v_TGh = others.to_ring([k_TGh, v_TGh])
         scheme = cheaper_scheme(self.heads, self.kv_heads, self.head_dim, self.mesh.context)
         attended_RHh = ring_attention(
             q_RHh, k_TGh, v_TGh, own.layout, keys=others.layout, scheme=scheme
         )
-        return own.back(attended_RHh)
+        return own.from_ring(attended_RHh)
 
     def _rotate(
         self, q_RHh: Tensor, k_TGh: Tensor, positions_R: Tensor, positions_T: Tensor | None
