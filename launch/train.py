@@ -11,8 +11,10 @@ from pathlib import Path
 if not __package__:  # started as a file by a launcher: make the project importable
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import errno
 import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,10 +49,13 @@ from launch.run.sections import RunConfig
 from launch.tasks.registry import task_class
 from parallel.mesh import Mesh
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """One rank of a run."""
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
+    threading.excepthook = _except_of_writers
     with exit_on_bad_input(speak=is_first()):
         config = parse(arguments, program="launch/train.py").config
         # On every rank: they end together, rank 0 says why.
@@ -65,6 +70,11 @@ def main(arguments: list[str] | None = None) -> None:
         except BadInput:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                # Of the log, on rank 0 alone; of checkpoints `Loop.save` says more.
+                line = f"{config.output}: {error.strerror}: the run cannot write its log"
+                print(f"error: {line}", file=sys.stderr, flush=True)
+                raise SystemExit(1) from None
             if not marks.opened:
                 raise
             report(error, output=Path(config.output), rank=dist.get_rank(), mark=marks.last)
@@ -74,6 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
                 marks(FAILED)
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _except_of_writers(args: threading.ExceptHookArgs) -> None:
+    """What TensorBoard's thread cannot write, `MetricLog` raises again where it can be told."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def run(config: RunConfig, marks: Marks | None = None) -> None:

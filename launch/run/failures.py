@@ -46,7 +46,7 @@ def report(error: BaseException, *, output: Path, rank: int, mark: Mark) -> None
         said = f"{head}{text}"
     else:
         others = _others(output, rank)
-        why = f"rank {others[0]} failed" if others else "another rank ended without a word"
+        why = f"rank {others[0]} failed" if others else "another rank did"
         said = f"rank {rank}: ends because {why}; its own traceback is in {path}\n"
     # One write: lines of several ranks do not mix.
     sys.stderr.write(said)

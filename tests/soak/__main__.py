@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.launch.configuration_fuzz import fuzz
 from tests.soak import interruptions
 from tests.soak.damage import damage_one
 from tests.soak.disk import fill
-from tests.soak.record import LOST, Record
+from tests.soak.record import LOST, SURVIVED, Record, Try
 from tests.soak.steps import measure_steps
 
 PARTS = {
@@ -62,6 +64,8 @@ def main() -> None:
         elif part == "damage":
             for number in range(record.count("checkpoints"), tries):
                 damage_one(number, **given)
+        elif part == "configurations" and not record.count(part):
+            _configurations(tries, **given)
         elif part == "steps":
             path = options.folder / "steps.json"
             path.write_text(json.dumps(measure_steps(options.folder, steps=tries), indent=1))
@@ -75,6 +79,17 @@ def main() -> None:
         }
         options.results.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     raise SystemExit(any(one.verdict == LOST for one in record.tries))
+
+
+def _configurations(tries: int, *, folder: Path, record: Record, seed: int) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as at:
+        figures = fuzz(Path(at), seed=seed, count=tries)
+    said = f"slowest answer {figures.slowest:.1f} s"
+    kinds = ["refused in one line"] * figures.refused + ["accepted, with a reason"] * figures.accepted
+    found = [(kind, SURVIVED, said) for kind in kinds]
+    found += [("neither", LOST, fault) for fault in figures.faults]
+    for number, one in enumerate(found):
+        record.add(Try("configurations", one[0], number, one[1], one[2], figures.slowest))
 
 
 def _interrupt(part: str, tries: int, options: argparse.Namespace) -> None:
