@@ -119,12 +119,11 @@ def test_a_comparison_that_is_ended_ends_its_runs(number: int, tmp_path: Path) -
     assert not (tmp_path / "runs" / "routed-1").exists()
 
 
-@HOW
-def test_ranks_of_a_function_end_with_the_program(number: int, tmp_path: Path) -> None:
+def test_ranks_of_a_function_end_with_the_program(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(RANKS)
     with all_ended([sys.executable, str(program)], started=2) as process:
-        process.send_signal(number)
+        process.kill()
 
 
 def test_checks_of_kernels_end_with_the_doctor(tmp_path: Path) -> None:
@@ -137,15 +136,14 @@ def test_checks_of_kernels_end_with_the_doctor(tmp_path: Path) -> None:
         process.kill()
 
 
-@HOW
-def test_a_program_ends_with_the_script_that_started_it(number: int, tmp_path: Path) -> None:
+def test_a_program_ends_with_the_script_that_started_it() -> None:
     program = (
         "import os, time; from launch.run.children import stop_with_script;"
         "stop_with_script(); print('started', os.getpid(), flush=True); time.sleep(60)"
     )
     script = f'export LAUNCHED_BY=$$; "{sys.executable}" -c "{program}"; echo more'
     with all_ended(["bash", "-c", script], started=1) as process:
-        process.send_signal(number)
+        process.kill()
 
 
 @pytest.mark.parametrize("name", ["acm_lm", "compare_routers"])
