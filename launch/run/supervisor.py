@@ -20,12 +20,14 @@ import torch
 from launch.run.children import Child, ask
 from launch.run.failures import PEER, read_errors
 from launch.run.hangs import Watch, describe
-from launch.run.marks import ENDS, FINISHED, STOPPED, Mark, read_marks, this_host
+from launch.run.marks import ENDS, FAILED, FINISHED, STOPPED, Mark, read_marks, this_host
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNBEGUN = "stopped before the first step; the same command starts the run"
 # Of the seconds that a run has to end in: for the system, to end what was killed.
 _SPARE = 3.0
+# Seconds from the last rank's end that the launcher has to end by itself, with that rank's code.
+_FAREWELL = 10.0
 # Seconds between looks at the marks of many ranks, which a network may be between.
 _EVERY = 5.0
 
@@ -93,6 +95,7 @@ class _Supervision:
         self._launcher, self._run, self._asked = launcher, run, asked
         self._watch = Watch(run.hang_seconds)
         self._gone: dict[int, Mark] = {}
+        self._failing = self._empty = 0.0
 
     def code(self) -> int:
         launcher, run, asked = self._launcher, self._run, self._asked
@@ -127,13 +130,27 @@ class _Supervision:
                 look = time.monotonic() + (_EVERY if run.several_nodes else 0)
                 marks = run.marks()
                 self._note_gone(marks)
-                if self._watch.hangs(marks):
+                if self._is_over(marks):
+                    launcher.kill()
+                    return self._verdict(1)
+                if not self._failing and self._watch.hangs(marks):
                     said = describe(run.output, marks, self._watch.seconds)
                     launcher.kill()
                     _say(said)
                     return 1
             time.sleep(0.2)
         return self._verdict(code)
+
+    def _is_over(self, marks: dict[int, Mark]) -> bool:
+        """Whether a rank failed, and what is left has had its time to end."""
+        now = time.monotonic()
+        if not self._gone and not any(mark.at == FAILED for mark in marks.values()):
+            return False
+        self._failing = self._failing or now
+        if any(runs_here(mark) for mark in marks.values()):
+            return now > self._failing + self._run.stop_seconds
+        self._empty = self._empty or now
+        return now > self._empty + _FAREWELL
 
     def _note_gone(self, marks: dict[int, Mark]) -> None:
         """Remember ranks that ended without saying so, the first first: others end after it."""

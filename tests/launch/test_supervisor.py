@@ -163,6 +163,16 @@ def test_a_launcher_that_forgives_a_kill_is_not_believed(tmp_path: Path) -> None
     assert "was killed, or ended without a word, at step 7 (backward)" in said
 
 
+def test_a_launcher_that_lingers_is_ended(tmp_path: Path) -> None:
+    """A rank that was killed does not hang."""
+    lingering = STAND_IN + "time.sleep(60)"
+    lingering = lingering.replace("import subprocess", "import time, subprocess")
+    lingering = lingering.replace("sys.exit(", "print(")
+    code, said = Supervised(lingering, DYING, output=tmp_path, hang_seconds=1.0).end()
+    assert code == 1
+    assert "was killed, or ended without a word, at step 7 (backward)" in said
+
+
 def test_what_an_earlier_run_said_is_not_believed(tmp_path: Path) -> None:
     assert Supervised(STAND_IN, ENDED, output=tmp_path).end()[0] == 0
     code, said = Supervised(QUIET, output=tmp_path).end()

@@ -85,7 +85,8 @@ def _configurations(tries: int, *, folder: Path, record: Record, seed: int) -> N
     with tempfile.TemporaryDirectory(dir=folder) as at:
         figures = fuzz(Path(at), seed=seed, count=tries)
     said = f"slowest answer {figures.slowest:.1f} s"
-    kinds = ["refused in one line"] * figures.refused + ["accepted, with a reason"] * figures.accepted
+    kinds = ["refused in one line"] * figures.refused
+    kinds += ["accepted, with a reason"] * figures.accepted
     found = [(kind, SURVIVED, said) for kind in kinds]
     found += [("neither", LOST, fault) for fault in figures.faults]
     for number, one in enumerate(found):

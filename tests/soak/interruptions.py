@@ -23,6 +23,7 @@ import psutil
 import yaml
 
 from launch.checkpoint.files import read_state
+from launch.run.children import SCRIPT
 from parallel.checkpoint import newest_intact
 from tests.distributed.runs import tiny_config, write_text
 from tests.soak.record import LOST, SURVIVED, Record, Try
@@ -66,6 +67,7 @@ class Leg:
         self._from = self.log.seek(0, os.SEEK_END)
         command = [sys.executable, "-m", "launch.start", "--ranks", "2", "--config", str(recipe)]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment[SCRIPT] = str(os.getpid())  # it stops when this program is ended
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.log, stderr=self.log, cwd=ROOT
         )
