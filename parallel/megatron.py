@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -112,3 +113,12 @@ def seed(value: int) -> None:
 def fork_rng() -> Any:
     """A context in which random numbers differ between tensor ranks, then continue as before."""
     return core("tensor_parallel.random").get_cuda_rng_tracker().fork()
+
+
+def indexed_dataset(prefix: Path) -> Any:
+    """Megatron's reader of `prefix`.bin and .idx, memory-mapped.
+
+    Raises:
+        ImportError: megatron-core is not installed.
+    """
+    return core("datasets.indexed_dataset").IndexedDataset(str(prefix), mmap=True)

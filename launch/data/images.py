@@ -21,7 +21,8 @@ from torch import Tensor
 
 from adaptive.models.diffusion.model import DiffusionConfig
 from adaptive.models.diffusion.samplers import SamplingConfig
-from launch.data.text import check_path, permuted
+from launch.data.sources import check_path, files_below
+from launch.data.text import permuted
 from launch.run.errors import BadInput
 from launch.tasks import row_generator
 

@@ -1,4 +1,4 @@
-"""A corpus of text as tokens in one memory-mapped file, split into training and held-out parts.
+"""A corpus of text as tokens in memory-mapped files, split into training and held-out parts.
 
 Shape legend: B rows, S tokens of a row.
 """
@@ -7,49 +7,99 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import glob
 import hashlib
-import itertools
 import json
-import os
-import shutil
-import sysconfig
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
+from launch.data.conversations import Conversations
+from launch.data.encoding import FORMAT, SPLITS, Encoding, encode_into
+from launch.data.mixture import Mixture
+from launch.data.packing import PackedRows, Row, load_rows, packed_rows, save_rows
+from launch.data.sources import CACHE_TAG, File, check_path, find_files
+from launch.data.token_files import (
+    JoinedArrays,
+    PartOfArray,
+    Tokens,
+    check_ids,
+    read_bin,
+    read_npy,
+    read_own,
+)
+from launch.data.tokenizer import Tokenizer
 from launch.run.errors import BadInput
 from launch.tasks import row_generator
 
-_SPLITS = ("train", "validation")
-_FORMAT = 3
-_FEW = 20  # fewer documents than this are held out in part, not as a whole
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources of text.
+
+    Attributes:
+        path: as data.path.
+        weight: its share of the rows, in proportion to the others'.
+        name: in metrics; null: the last part of the path.
+        text_field: as data.text_field; null: that.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    path: str
+    weight: float = 1.0
+    name: str | None = None
+    text_field: str | None = None
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight={self.weight}: must be above 0")
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.path).name or self.path
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Text to learn from.
+    """Text to learn from; docs/data.md has every format.
 
     Attributes:
-        path: a text file, a .jsonl file (field `text` of each line), a folder, or a glob of them;
-            null: the sources of Python's own standard library.
+        path: a file, a folder, or a glob: text, .jsonl, .parquet, a saved dataset, or token ids in
+            .bin with .idx, .npy, or what launch.encode wrote; null: the sources of Python's own
+            standard library.
+        sources: a list of {path, weight, name, text_field} instead of one path.
+        text_field: the column of rows that is the text.
         seq_len: tokens of a row.
+        packing: "windows" of the text end to end, or whole "documents" packed into rows, which see
+            nothing of one another.
+        conversations: rows are conversations (`messages`, or `prompt` and `response`), of which what
+            the assistant says is learnt; needs packing=documents.
+        chat_template: how conversations are written: "plain", or the "tokenizer"'s own.
+        too_long: conversations longer than a row: "cut" at its end, or "drop".
         tokenizer: "bytes" (vocabulary 256), or a folder or file that holds a `tokenizer.json`.
+        end_of_text: the token between documents; null: the tokenizer's own.
         validation_fraction: share of documents that is held out, chosen by a hash of their name.
-        validation_rows: rows of the fixed held-out set, spread evenly over the held-out part.
+        validation_rows: rows of the fixed held-out set of each source, spread evenly over it.
         cache: folder of encoded corpora.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     path: str | None = None
+    sources: tuple[SourceConfig, ...] = ()
+    text_field: str = "text"
     seq_len: int = 256
+    packing: Literal["windows", "documents"] = "windows"
+    conversations: bool = False
+    chat_template: Literal["plain", "tokenizer"] = "plain"
+    too_long: Literal["cut", "drop"] = "cut"
     tokenizer: str = "bytes"
+    end_of_text: str | None = None
     validation_fraction: float = 0.02
     validation_rows: int = 64
     cache: str = "~/.cache/adaptive-transformers"
@@ -63,119 +113,347 @@ class TextConfig:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction}: must be between 0 and 1"
             )
+        if self.sources and self.path is not None:
+            raise ValueError(f"path={self.path}: must be null beside data.sources")
+        labels = [source.label for source in self.sources]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"sources: two are called {label}: give them a name each")
+        if self.conversations and self.packing != "documents":
+            raise ValueError(f"packing={self.packing}: must be documents with data.conversations")
+
+    def each(self) -> list[TextConfig]:
+        """The configuration of every source alone."""
+        if not self.sources:
+            return [self]
+        return [
+            replace(self, path=one.path, sources=(), text_field=one.text_field or self.text_field)
+            for one in self.sources
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """What the sources are called."""
+        if self.sources:
+            return [source.label for source in self.sources]
+        return ["default" if self.path is None else Path(self.path).name or self.path]
 
 
-class Corpus:
-    """The encoded text of a TextConfig: `train` and `validation`, memory-mapped token arrays.
+class Source:
+    """The encoded text of one path: `train` and `validation`.
 
-    The first process of a node to ask for a corpus encodes it, under a file lock; the others wait
-    and map the same file. A cache that is complete was renamed into place, so a killed encoder
-    leaves nothing that is taken for one.
+    The first process of a node to ask for it encodes it, under a file lock; the others wait and map
+    the same files. A cache that is complete was renamed into place, so a killed encoder leaves
+    nothing that is taken for one.
 
     Raises:
         BadInput: no such file, no text in it, or fewer tokens than one row.
     """
 
-    def __init__(self, config: TextConfig) -> None:
-        self.config = config
-        tokenizer = Tokenizer(config.tokenizer)
-        self.vocab_size = tokenizer.vocab_size
-        files = _files(config.path)
-        folder = _encoded(config, files, tokenizer)
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        dtype = np.dtype(meta["dtype"])
-        self.train, self.validation = (
-            np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r") for split in _SPLITS
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.dropped = 0
+        self.train, self.validation = self._open()
+        self._packed: dict[str, PackedRows] = {}
+        if config.packing == "documents":
+            for split in SPLITS:
+                self._packed[split] = self._rows(split)
+
+    def _open(self) -> tuple[Tokens, Tokens]:
+        config = self.config
+        given = Path(config.path or "").expanduser()
+        if config.path is not None and (given / "meta.json").is_file():
+            return self._read_folder(given)
+        files = find_files(config.path)
+        held = [file for file in files if file.kind == "ids"]
+        if held and len(held) < len(files):
+            other = next(file for file in files if file.kind != "ids")
+            raise BadInput(
+                f"data.path={config.path}: {held[0].name} holds token ids and {other.name} does "
+                "not: give them as two of data.sources"
+            )
+        if held:
+            return self._held_out(self._read_ids(held))
+        chat = Conversations(config.chat_template, self.tokenizer) if config.conversations else None
+        wanted = Encoding(
+            files, self.tokenizer, config.text_field, chat, config.validation_fraction
+        )
+        while True:
+            folder = _encoded(wanted, config)
+            train, validation = self._read_folder(folder)
+            share = self._larger_share(train, validation, wanted.held_out)
+            if share is None:
+                return train, validation
+            wanted = replace(wanted, held_out=share, ends=True)
+
+    def _needed(self) -> tuple[int, int]:
+        """Tokens that training and validation need."""
+        if self.config.packing == "documents":
+            return 2, 2
+        return 2 * self.config.seq_len + 1, self.config.seq_len + 1
+
+    def _larger_share(self, train: Tokens, validation: Tokens, share: float) -> float | None:
+        """What to hold out where so far a split has less than a row; None: both have one."""
+        needed, total = self._needed(), len(train) + len(validation)
+        if len(train) >= needed[0] and len(validation) >= needed[1]:
+            return None
+        # Half of what is left over goes to each.
+        wanted = (needed[1] + (total - sum(needed)) / 2 * 0.1) / max(total, 1)
+        if total < sum(needed) or share >= wanted >= 0.5 or share > 0.9:
+            raise BadInput(
+                f"data.path={self.config.path}: {total} tokens in all, must be at least "
+                f"{sum(needed)} with data.seq_len={self.config.seq_len}: give more text, or a "
+                "smaller data.seq_len"
+            )
+        return max(wanted, share * 1.25) if len(validation) < needed[1] else share / 2
+
+    def _read_folder(self, folder: Path) -> tuple[Tokens, Tokens]:
+        """What `encode_into` wrote."""
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            made = meta["tokenizer"]
+            if meta["format"] != FORMAT:
+                raise BadInput(f"{folder}: was encoded by another version: encode it anew")
+            if made != {
+                "fingerprint": self.tokenizer.fingerprint,
+                "end": self.tokenizer.needed_end,
+            }:
+                raise BadInput(
+                    f"{folder}: was encoded with another data.tokenizer or data.end_of_text"
+                )
+            self.dropped = int(meta["dropped"])
+            splits = []
+            for split in SPLITS:
+                tokens = read_own(folder / split)
+                counts = folder / f"{split}.counts"
+                if self.config.conversations != counts.is_file():
+                    raise BadInput(
+                        f"{folder}: holds {'conversations' if counts.is_file() else 'text'}: "
+                        f"data.conversations={str(self.config.conversations).lower()} is for other "
+                        "data"
+                    )
+                if counts.is_file():
+                    tokens = replace(tokens, counts=_bytes(counts, len(tokens)))
+                if (
+                    len(tokens) != meta["tokens"][split]
+                    or len(tokens.ends) != (meta["documents"][split])
+                ):
+                    raise BadInput(f"{folder}: {split}.bin is not whole: encode it anew")
+                splits.append(tokens)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{folder}: is no encoded text: {error}") from None
+        return splits[0], splits[1]
+
+    def _read_ids(self, files: list[File]) -> Tokens:
+        """Files of token ids, end to end, each looked through once."""
+        if self.config.conversations:
+            raise BadInput(
+                f"{files[0].path}: holds token ids, which do not tell what is learnt: must be rows "
+                "with data.conversations"
+            )
+        parts = []
+        for file in files:
+            if file.path.suffix.lower() == ".bin":
+                tokens = read_bin(file.path)
+            else:
+                tokens = read_npy(file.path, self.tokenizer.needed_end)
+            if not len(tokens):
+                continue
+            identity = [FORMAT, file.identity, self.tokenizer.vocab_size]
+            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+            self._once(
+                f"ids-{key}", lambda: check_ids(file.path, tokens, self.tokenizer.vocab_size)
+            )
+            parts.append(tokens)
+        if not parts:
+            raise BadInput(f"data.path={self.config.path}: no text in it")
+        begins = np.cumsum([0, *map(len, parts)])
+        ends = [part.ends + begin for part, begin in zip(parts, begins.tolist(), strict=False)]
+        return Tokens(JoinedArrays([part.ids for part in parts]), np.concatenate(ends))
+
+    def _once(self, name: str, look: Callable[[], None]) -> None:
+        """Do something that a file in the cache remembers was done."""
+        done = Path(self.config.cache).expanduser() / name
+        if done.is_file():
+            return
+        look()
+        try:
+            make_cache(done.parent)
+            done.touch()
+        except OSError:
+            pass  # it is looked at again
+
+    def _held_out(self, tokens: Tokens) -> tuple[Tokens, Tokens]:
+        """The last documents are held out: nothing is copied of what may be terabytes."""
+        total, needed = len(tokens), self._needed()
+        if total < sum(needed):
+            self._larger_share(tokens, Tokens(tokens.ids[:0], tokens.ends[:0]), 1.0)
+        held = max(int(total * self.config.validation_fraction), needed[1])
+        place = max(int(np.searchsorted(tokens.ends, total - held, side="right")) - 1, -1)
+        cut = int(tokens.ends[place]) if place >= 0 else 0
+        if not needed[0] <= cut <= total - needed[1] or total - cut > max(2 * held, needed[1] * 2):
+            cut = total - held  # inside a document: there are too few of them
+        before = tokens.ends[tokens.ends < cut]
+        behind = tokens.ends[tokens.ends > cut] - cut
+        return (
+            Tokens(PartOfArray(tokens.ids, 0, cut), np.append(before, cut)),
+            Tokens(PartOfArray(tokens.ids, cut, total), behind),
         )
 
+    def _rows(self, split: str) -> PackedRows:
+        """The packed rows of a split, made by the first process to ask for them."""
+        tokens, config = getattr(self, split), self.config
+        long = config.too_long if config.conversations else "split"
+        identity = [FORMAT, split, config.seq_len, long, len(tokens)]
+        ends = hashlib.sha256(np.ascontiguousarray(tokens.ends).data).hexdigest()
+        counts = "" if tokens.counts is None else hashlib.sha256(tokens.counts.data).hexdigest()
+        key = hashlib.sha256(json.dumps([identity, ends, counts]).encode()).hexdigest()[:24]
+        folder = Path(config.cache).expanduser() / f"rows-{key}"
+        if folder.is_dir():
+            return load_rows(folder)
+        try:
+            with cache_lock(folder):
+                if not folder.is_dir():
+                    save_rows(packed_rows(tokens, config.seq_len, long=long), folder)
+        except OSError:  # a cache that cannot be written: everybody packs
+            return packed_rows(tokens, config.seq_len, long=long)
+        return load_rows(folder)
+
+    @property
+    def rows(self) -> int:
+        """Rows of one epoch."""
+        if self._packed:
+            return len(self._packed["train"])
+        # Every epoch has as many windows, so that the epoch of a row is a division.
+        return (len(self.train) - 1) // self.config.seq_len - 1
+
     def train_row(self, seed: int, row: int) -> np.ndarray:
-        """int64 [seq_len + 1]: row `row` of the stream; its last token is only a target.
+        """int64 [S + 1]: row `row` of the stream of windows; its last token is only a target.
 
         An epoch visits every window of the corpus once, in an order of its own; windows of
         different epochs start at different offsets.
         """
         span = self.config.seq_len
-        # Every epoch has as many windows, so that the epoch of a row is a division.
-        windows = (len(self.train) - 1) // span - 1
+        windows = max((len(self.train) - 1) // span - 1, 1)
         epoch, index = divmod(row, windows)
         random = row_generator(seed, epoch, stream=1)
         shift = int(random.integers(span))
         start = shift + span * permuted(index, windows, int(random.integers(2**63)))
-        return self.train[start : start + span + 1].astype(np.int64)
+        return self.train.ids[start : start + span + 1].astype(np.int64)
+
+    def packed_place(self, seed: int, row: int) -> int:
+        """Which of the packed rows is row `row` of the stream; every epoch has its own order."""
+        epoch, index = divmod(row, self.rows)
+        key = int(row_generator(seed, epoch, stream=1).integers(2**63))
+        return permuted(index, self.rows, key)
+
+    def packed_row(self, split: str, place: int) -> Row:
+        tokens, packed = getattr(self, split), self._packed[split]
+        return packed.row(place, tokens, span=self.config.seq_len, end=self.tokenizer.needed_end)
 
     def validation_row(self, row: int) -> np.ndarray:
-        """int64 [seq_len + 1]: row `row` of the fixed held-out set."""
+        """int64 [S + 1]: row `row` of the fixed held-out windows."""
         last = len(self.validation) - 1 - self.config.seq_len
-        start = row * last // max(self.validation_rows - 1, 1)
-        return self.validation[start : start + self.config.seq_len + 1].astype(np.int64)
+        start = row * max(last, 0) // max(self.validation_windows - 1, 1)
+        return self.validation.ids[start : start + self.config.seq_len + 1].astype(np.int64)
 
     @property
-    def validation_rows(self) -> int:
+    def validation_windows(self) -> int:
         """Rows asked for, or as many as the held-out part has without overlap."""
         fit = (len(self.validation) - 1) // self.config.seq_len
         return min(self.config.validation_rows, fit)
+
+    @property
+    def held_out_rows(self) -> int:
+        if self._packed:
+            return min(self.config.validation_rows, len(self._packed["validation"]))
+        return self.validation_windows
+
+    def held_out_row(self, row: int) -> np.ndarray | Row:
+        """Row `row` of the fixed held-out set, as training packs rows."""
+        if not self._packed:
+            return self.validation_row(row)
+        return self.packed_row(
+            "validation", row * len(self._packed["validation"]) // self.held_out_rows
+        )
+
+    def describe(self) -> str:
+        """What there is to learn from and what is held out, in one line."""
+        total = len(self.train) + len(self.validation)
+        said = (
+            f"{len(self.train):,} tokens to train on ({self.rows:,} rows an epoch), "
+            f"{len(self.validation):,} held out ({len(self.validation) / total:.1%})"
+        )
+        if self._packed:
+            packed = self._packed["train"]
+            said += f", {packed.padding(self.config.seq_len):.2%} padding"
+            if packed.cut:
+                said += f", {packed.cut:,} documents longer than a row cut"
+            dropped = packed.dropped + self.dropped
+            if dropped:
+                said += f", {dropped:,} dropped"
+        return said
+
+
+class Corpus:
+    """The encoded text of a TextConfig: its sources, and the order of their rows.
+
+    Raises:
+        BadInput: what a Source raises.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        self.config = config
+        self.tokenizer = Tokenizer(config.tokenizer, config.end_of_text)
+        self.vocab_size = self.tokenizer.vocab_size
+        self.sources = [Source(one, self.tokenizer) for one in config.each()]
+        for name, source in zip(config.names, self.sources, strict=True):
+            if not source.rows or not source.held_out_rows:
+                raise BadInput(f"data.path={source.config.path}: no row of {name} is left to learn")
+        self.train, self.validation = self.sources[0].train.ids, self.sources[0].validation.ids
+
+    def mixture(self) -> Mixture:
+        """The order of the sources' rows, from the first on."""
+        weights = [source.weight for source in self.config.sources] or [1.0]
+        return Mixture(dict(zip(self.config.names, weights, strict=True)))
+
+    def train_row(self, seed: int, row: int) -> np.ndarray:
+        """int64 [S + 1]: row `row` of the stream of windows of the first source."""
+        return self.sources[0].train_row(seed, row)
+
+    def validation_row(self, row: int) -> np.ndarray:
+        """int64 [S + 1]: row `row` of the fixed held-out windows of the first source."""
+        return self.sources[0].validation_row(row)
+
+    @property
+    def validation_rows(self) -> int:
+        return max(self.sources[0].validation_windows, 1)
+
+    @property
+    def held_out_rows(self) -> int:
+        """Rows of the held-out sets of all sources."""
+        return sum(source.held_out_rows for source in self.sources)
+
+    def held_out_row(self, row: int) -> tuple[int, np.ndarray | Row]:
+        """(number of its source, row): the sources one after the other."""
+        for number, source in enumerate(self.sources):
+            if row < source.held_out_rows:
+                return number, source.held_out_row(row)
+            row -= source.held_out_rows
+        raise IndexError(row)
+
+    def describe(self) -> list[str]:
+        """A line on each source."""
+        return [
+            f"{name}: {source.describe()}"
+            for name, source in zip(self.config.names, self.sources, strict=True)
+        ]
 
 
 @functools.cache
 def open_corpus(config: TextConfig) -> Corpus:
     """The corpus, opened once a process: looking for thousands of files takes a second."""
     return Corpus(config)
-
-
-class Tokenizer:
-    """Text to token ids: bytes, or a `tokenizer.json` of the tokenizers library."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._inner = None
-        self.vocab_size, self.fingerprint = 256, "bytes"
-        if name == "bytes":
-            return
-        path = Path(name).expanduser()
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if not path.is_file():
-            raise BadInput(f"data.tokenizer={name}: must be bytes or a tokenizer.json")
-        try:
-            import tokenizers
-        except ImportError:
-            raise BadInput(f"data.tokenizer={name}: needs the package tokenizers") from None
-        try:
-            self._inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception
-            raise BadInput(f"data.tokenizer={name}: {error}") from None
-        # A tokenizer.json may keep the length that a model was once trained with: documents would
-        # be cut to it, or padded.
-        self._inner.no_truncation()
-        self._inner.no_padding()
-        # Not the number of entries: a vocabulary may have holes.
-        self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
-
-    @property
-    def dtype(self) -> type[np.unsignedinteger]:
-        if self.vocab_size <= 2**8:
-            return np.uint8
-        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
-
-    def encode(self, text: bytes) -> np.ndarray:
-        if self._inner is None:
-            return np.frombuffer(text, dtype=np.uint8)
-        return np.asarray(self._inner.encode(text.decode("utf-8", "replace")).ids, self.dtype)
-
-    def encode_prompt(self, text: bytes) -> list[int]:
-        """Tokens of a text to go on from: without those that the tokenizer puts behind a text."""
-        if self._inner is None:
-            return list(text)
-        ids = self._inner.encode(text.decode("utf-8", "replace")).ids
-        # Counted behind some text: of an empty one nothing tells what begins from what ends it.
-        added = self._inner.encode("a").special_tokens_mask
-        behind = len(list(itertools.takewhile(bool, reversed(added))))
-        return ids[: len(ids) - behind]
-
-    def decode(self, ids: list[int]) -> str:
-        if self._inner is None:
-            return bytes(ids).decode("utf-8", "replace")
-        return self._inner.decode(ids)
 
 
 def permuted(index: int, size: int, key: int) -> int:
@@ -196,157 +474,46 @@ def permuted(index: int, size: int, key: int) -> int:
             return index
 
 
-def check_path(path: str | None) -> None:
-    """Refuse a path of no characters, which is what an unset shell variable leaves.
+def make_cache(folder: Path) -> None:
+    """A folder of caches, marked as such: it is no text of anybody's.
 
     Raises:
-        ValueError: one line, without the section.
+        OSError: it cannot be written.
     """
-    if path is not None and not path.strip():
-        raise ValueError(f"path={path!r}: must name a file or folder, or be null for the default")
+    folder.mkdir(parents=True, exist_ok=True)
+    tag = folder / CACHE_TAG
+    if not tag.is_file():
+        tag.write_text("Signature: 8a477f597d28d172789f06886806bc55\n", encoding="utf-8")
 
 
-def _files(path: str | None) -> list[tuple[str, Path]]:
-    """(name, file) of every file of text, sorted by name."""
-    if path is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skip = {"site-packages", "dist-packages", "__pycache__"}
-        found = [(p.relative_to(root), p) for p in root.rglob("*.py") if p.is_file()]
-        return sorted((r.as_posix(), p) for r, p in found if not skip & set(r.parts))
-    pattern = os.path.expanduser(path)
-    if Path(pattern).is_dir():
-        root, pattern = Path(pattern), os.path.join(glob.escape(pattern), "**", "*")
-    else:
-        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts[:-1])
-        root = Path(*fixed)
-    files = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
-    if not files:
-        raise BadInput(f"data.path={path}: no such file")
-    # Names decide what is held out: the same wherever the folder lies.
-    return sorted((p.relative_to(root).as_posix(), p) for p in files)
+@contextmanager
+def cache_lock(folder: Path) -> Iterator[None]:
+    """One process at a time makes that folder of a cache.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    make_cache(folder.parent)
+    with open(folder.with_name(f"{folder.name}.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def _documents(files: list[tuple[str, Path]]) -> Iterator[tuple[str, bytes]]:
-    """(name, text) of every document that is not empty, one in memory at a time."""
-    for name, file in files:
-        try:
-            if file.suffix == ".jsonl":
-                with open(file, "rb") as lines:
-                    yield from _lines(name, file, lines)
-            else:
-                content = file.read_bytes()
-                if content:
-                    yield name, content
-        except OSError as error:
-            raise BadInput(f"data.path={file}: {error.strerror}") from None
-
-
-def _lines(name: str, file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise BadInput(f"{file}:{number}: must be a JSON object with a string `text`")
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError as error:
-            # To replace it would train on something else than the file says.
-            half = ascii(text[error.start])[1:-1]
-            raise BadInput(
-                f"{file}:{number}: `text` holds {half}, half of a surrogate pair: must be Unicode"
-            ) from None
-        if encoded:
-            yield f"{name}:{number}", encoded
-
-
-def _encoded(config: TextConfig, files: list[tuple[str, Path]], tokenizer: Tokenizer) -> Path:
+def _encoded(wanted: Encoding, config: TextConfig) -> Path:
     """The folder that holds the encoded corpus, made now if it is not there."""
-    stats = [(name, str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for name, p in files]
-    identity = [_FORMAT, stats, tokenizer.fingerprint, config.validation_fraction]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    root = Path(config.cache).expanduser()
-    folder = root / f"text-{key}"
+    folder = Path(config.cache).expanduser() / f"text-{wanted.key}"
+    if folder.is_dir():
+        return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / f"text-{key}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with cache_lock(folder):
             if not folder.is_dir():
-                building = Path(tempfile.mkdtemp(dir=root, prefix="building-"))
-                try:
-                    _encode(config, files, tokenizer, building)
-                    building.rename(folder)
-                finally:
-                    shutil.rmtree(building, ignore_errors=True)
+                encode_into(wanted, folder)
     except OSError as error:
         raise BadInput(f"data.cache={config.cache}: {error.strerror}") from None
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    for split, rows in (("train", 2), ("validation", 1)):
-        needed = rows * config.seq_len + 1
-        if meta[split] < needed:
-            raise BadInput(
-                f"data.path={config.path}: {meta[split]} {split} tokens, "
-                f"must be at least {needed} with data.seq_len={config.seq_len}"
-            )
     return folder
 
 
-def _encode(
-    config: TextConfig, files: list[tuple[str, Path]], tokenizer: Tokenizer, folder: Path
-) -> None:
-    documents = _documents(files)
-    first = list(itertools.islice(documents, _FEW))
-    if not first:
-        raise BadInput(f"data.path={config.path}: no text in it")
-    share = config.validation_fraction
-    counts = dict.fromkeys(_SPLITS, 0)
-    with ExitStack() as stack:
-        outs = {
-            split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in _SPLITS
-        }
-        for name, text in itertools.chain(first, documents):
-            if tokenizer.name != "bytes":
-                _check_unicode(name, text)
-            if len(first) < _FEW:
-                # Too few to hold any out: hold out the end of each.
-                cut = _character_start(text, int(len(text) * (1 - share)))
-                parts = {"train": text[:cut], "validation": text[cut:]}
-            else:
-                parts = {"validation" if _unit_hash(name) < share else "train": text}
-            for split, part in parts.items():
-                # A NUL ends each document; it occurs in no text.
-                ids = tokenizer.encode(part + b"\0").astype(tokenizer.dtype)
-                outs[split].write(ids.tobytes())
-                counts[split] += len(ids)
-        for out in outs.values():
-            out.flush()
-            os.fsync(out.fileno())
-    meta = {"dtype": np.dtype(tokenizer.dtype).name, **counts}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def _check_unicode(name: str, text: bytes) -> None:
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        # To replace it would train on something else than the file says.
-        raise BadInput(
-            f"{name}: byte {error.start} is {text[error.start]:#04x}, no UTF-8: convert it, "
-            "or take data.tokenizer=bytes"
-        ) from None
-
-
-def _character_start(text: bytes, place: int) -> int:
-    """`place`, or where the UTF-8 character begins whose bytes it would cut apart."""
-    for start in range(place, max(place - 4, 0), -1):
-        if text[start] & 0xC0 != 0x80:  # no continuation byte
-            return start
-    return place
-
-
-def _unit_hash(name: str) -> float:
-    """A number in [0, 1) that depends on the name only."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
+def _bytes(file: Path, length: int) -> np.ndarray:
+    if not length:
+        return np.zeros(0, np.uint8)
+    return np.memmap(file, dtype=np.uint8, mode="r", shape=(length,))

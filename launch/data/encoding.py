@@ -1,0 +1,441 @@
+"""Documents to token files: batches on all cores, in constant memory, continued where it stopped.
+
+A folder of encoded text holds `train` and `validation`, each a .bin and .idx that Megatron reads too,
+and meta.json. It is built under another name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from launch.data.conversations import Conversations
+from launch.data.sources import CACHE_TAG, File, character_start, read_rows
+from launch.data.token_files import write_index
+from launch.data.tokenizer import Tokenizer
+from launch.run.errors import BadInput
+from launch.run.writable import write_text_whole
+
+SPLITS = ("train", "validation")
+FORMAT = 4
+_FEW = 20  # fewer documents than this are held out in part, not as a whole
+_BATCH = 1 << 20  # bytes of text that are encoded together
+_MARK_SECONDS = 5.0  # between notes of how far it is, which continue it
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is encoded, and how.
+
+    Attributes:
+        files: of documents.
+        tokenizer: their tokenizer.
+        text_field: the column of rows that is the text.
+        conversations: rows are conversations, rendered so; None: texts.
+        held_out: share of the documents that is held out, chosen by a hash of their name.
+        ends: hold out the end of every document instead; decided by the documents if None.
+    """
+
+    files: list[File]
+    tokenizer: Tokenizer
+    text_field: str
+    conversations: Conversations | None
+    held_out: float
+    ends: bool | None = None
+
+    @property
+    def key(self) -> str:
+        """Names what comes out."""
+        stats = [file.identity for file in self.files]
+        how = [self.text_field, self.conversations and self.conversations.key, self.ends]
+        tokens = [self.tokenizer.fingerprint, self.tokenizer.needed_end]
+        identity = [FORMAT, stats, tokens, how, self.held_out]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+
+    def meta(self, **found: Any) -> dict[str, Any]:
+        tokenizer = {"fingerprint": self.tokenizer.fingerprint, "end": self.tokenizer.needed_end}
+        return {"format": FORMAT, "key": self.key, "tokenizer": tokenizer, **found}
+
+
+class Part(NamedTuple):
+    """Some text of a document, for one of SPLITS.
+
+    Attributes:
+        split: "train" or "validation".
+        text: in UTF-8.
+        first, last: whether a document of the split begins and ends with it.
+        learnt: (start, end) of the characters that are learnt; None: all of them.
+    """
+
+    split: str
+    text: bytes
+    first: bool = True
+    last: bool = True
+    learnt: list[tuple[int, int]] | None = None
+
+
+@dataclass
+class Mark:
+    """How far an encoding is, in what has been written.
+
+    Attributes:
+        key: of the Encoding, with the way in which it holds out.
+        file, row: read so far.
+        open: tokens of the document that is being written, of each split.
+        tokens, documents: written, of each split.
+        sizes: bytes of each file.
+        bytes: of text.
+    """
+
+    key: str
+    file: int = 0
+    row: int = 0
+    open: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    sizes: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+
+
+def encode_into(wanted: Encoding, folder: Path) -> None:
+    """Make the folder of an Encoding, going on where a call before was interrupted.
+
+    The caller sees to it that no other process does so.
+
+    Raises:
+        BadInput: names the file, and the row.
+        OSError: it cannot be written.
+    """
+    building = folder.with_name(f"{folder.name}.part")
+    building.mkdir(parents=True, exist_ok=True)
+    ends = _few(wanted) if wanted.ends is None else wanted.ends
+    found = _encode(wanted, building, ends=ends)
+    total = sum(found.tokens.values())
+    if not total:
+        shutil.rmtree(building)
+        raise BadInput(f"data.path={_place(wanted)}: no text in it")
+    share = found.tokens["validation"] / total
+    if not ends and wanted.ends is None and not wanted.held_out / 2 <= share <= wanted.held_out * 2:
+        # Too few documents, or too unequal ones, for their names to decide.
+        found = _encode(wanted, building, ends=True)
+    dtype = np.dtype(wanted.tokenizer.dtype)
+    for split in SPLITS:
+        lengths = building / f"{split}.lengths"
+        write_index(building / f"{split}.idx", lengths, dtype)
+        lengths.unlink()
+    meta = wanted.meta(tokens=found.tokens, documents=found.documents, bytes=found.bytes)
+    meta["dropped"] = 0 if wanted.conversations is None else wanted.conversations.dropped
+    (building / "mark.json").unlink(missing_ok=True)
+    (building / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
+    (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    building.rename(folder)
+
+
+def _place(wanted: Encoding) -> Path:
+    paths = [file.path for file in wanted.files]
+    return paths[0] if len(paths) == 1 else Path(os.path.commonpath(paths))
+
+
+def _few(wanted: Encoding) -> bool:
+    """Whether there are too few documents to hold out whole ones."""
+    count = 0
+    for file in wanted.files:
+        if file.kind == "text":
+            count += file.bytes > 0
+        else:
+            for _ in read_rows(file, columns=_columns(wanted)):
+                count += 1
+                if count >= _FEW:
+                    return False
+        if count >= _FEW:
+            return False
+    return True
+
+
+def _columns(wanted: Encoding) -> list[str]:
+    return [wanted.text_field] if wanted.conversations is None else Conversations.COLUMNS
+
+
+def _encode(wanted: Encoding, folder: Path, *, ends: bool) -> Mark:
+    """Write what is not yet written of every split; the mark at its end."""
+    mark = _begin(folder, f"{wanted.key}-{'ends' if ends else 'names'}")
+    progress = _Progress(sum(file.bytes for file in wanted.files), mark.bytes)
+    learnt = wanted.conversations is not None
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        outs = {
+            split: _Out(folder, split, mark, stack, dtype=wanted.tokenizer.dtype, learnt=learnt)
+            for split in SPLITS
+        }
+        waiting: deque[tuple[Future[list[Any]], _Batch]] = deque()
+
+        def write_oldest() -> None:
+            future, batch = waiting.popleft()
+            ids_of_parts = future.result()
+            state["whole"] = False
+            for part, (ids, counts) in zip(batch.parts, ids_of_parts, strict=True):
+                outs[part.split].write(ids, counts, last=part.last)
+            mark.file, mark.row = batch.file, batch.row
+            mark.bytes += batch.bytes
+            state["whole"] = True
+            progress.show(mark.bytes, sum(mark.tokens.values()))
+            if time.monotonic() - state["noted"] > _MARK_SECONDS:
+                _note(folder, mark, outs)
+                state["noted"] = time.monotonic()
+
+        state = {"noted": time.monotonic(), "whole": True}
+        try:
+            for batch in _batches(wanted, mark.file, mark.row, ends=ends):
+                # One is encoded while the one before is written and the next is read.
+                waiting.append((pool.submit(_ids_of, wanted.tokenizer, batch.parts), batch))
+                if len(waiting) > 2:
+                    write_oldest()
+            while waiting:
+                write_oldest()
+        finally:
+            # Also when interrupted: what is written stays, and the next call goes on from here.
+            for future, _ in waiting:
+                future.cancel()
+            if state["whole"]:  # not in the middle of a batch
+                _note(folder, mark, outs)
+            progress.end()
+    return mark
+
+
+def _begin(folder: Path, key: str) -> Mark:
+    """Where an earlier call stopped, its files cut to what it noted; or the beginning."""
+    try:
+        mark = Mark(**json.loads((folder / "mark.json").read_text(encoding="utf-8")))
+        same = mark.key == key and all(
+            (folder / name).stat().st_size >= size for name, size in mark.sizes.items()
+        )
+    except (OSError, ValueError, TypeError):
+        same = False
+    if not same:
+        for file in folder.iterdir():
+            file.unlink()
+        return Mark(key)
+    for name, size in mark.sizes.items():
+        os.truncate(folder / name, size)
+    return mark
+
+
+def _note(folder: Path, mark: Mark, outs: dict[str, _Out]) -> None:
+    for out in outs.values():
+        out.flush()
+    write_text_whole(folder / "mark.json", json.dumps(vars(mark)))
+
+
+class _Out:
+    """The files of one split, while they are written."""
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        mark: Mark,
+        stack: ExitStack,
+        *,
+        dtype: type[np.integer],
+        learnt: bool,
+    ) -> None:
+        self._split, self._mark, self._dtype = split, mark, dtype
+        suffixes = ["bin", "lengths", *(["counts"] if learnt else [])]
+        self._files = {
+            name: stack.enter_context(open(folder / f"{split}.{name}", "ab")) for name in suffixes
+        }
+
+    def write(self, ids: np.ndarray, counts: np.ndarray | None, *, last: bool) -> None:
+        split, mark = self._split, self._mark
+        self._files["bin"].write(ids.astype(self._dtype, copy=False).data)
+        if counts is not None:
+            self._files["counts"].write(counts.astype(np.uint8).data)
+        mark.tokens[split] += len(ids)
+        mark.open[split] += len(ids)
+        if last or mark.open[split] > 1 << 30:  # an index counts to 2**31
+            self._files["lengths"].write(mark.open[split].to_bytes(4, "little"))
+            mark.documents[split] += 1
+            mark.open[split] = 0
+
+    def flush(self) -> None:
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self._mark.sizes[f"{self._split}.{name}"] = file.tell()
+
+
+class _Batch(NamedTuple):
+    """Parts to encode together, and where reading is behind them."""
+
+    parts: list[Part]
+    file: int
+    row: int
+    bytes: int
+
+
+def _batches(wanted: Encoding, file: int, row: int, *, ends: bool) -> Iterator[_Batch]:
+    parts: list[Part] = []
+    size = 0
+    for file, row, part, read in _parts(wanted, file, row, ends=ends):  # noqa: B020
+        parts.append(part)
+        size += read
+        # A document's parts of both splits come together.
+        if size >= _BATCH and read:
+            yield _Batch(parts, file, row, size)
+            parts, size = [], 0
+    if parts:
+        yield _Batch(parts, file, row, size)
+
+
+def _parts(
+    wanted: Encoding, start: int, row: int, *, ends: bool
+) -> Iterator[tuple[int, int, Part, int]]:
+    """(file, row, part, bytes read with it) of every document that is not empty."""
+    tokenizer, chat = wanted.tokenizer, wanted.conversations
+    taken = 0
+    for index in range(start, len(wanted.files)):
+        file = wanted.files[index]
+        skipped = row if index == start else 0
+        size, passed = _size_of_text(file) if ends else 0, 0
+        for read in read_rows(file, columns=_columns(wanted)):
+            number, where = read.number, f"{file.path}:{read.number}"
+            if number <= skipped:
+                taken += 1
+                passed += len(read.value) if file.kind == "text" else 0
+                continue
+            name = file.name if file.kind == "text" else f"{file.name}:{number}"
+            if chat is not None:
+                learnt = chat.render(read.value, where)
+                if learnt is None:
+                    continue
+                text, spans = learnt
+                taken += 1
+                held = _unit_hash(name) < wanted.held_out
+                if ends:  # whole conversations in turn: half of one is none
+                    held = taken % max(round(1 / wanted.held_out), 2) == 0
+                part = Part(SPLITS[held], text, True, True, spans)
+                yield index, number, part, len(text)
+                continue
+            content = read.value if file.kind == "text" else _text(read.value, wanted, where)
+            if not content:
+                continue
+            if tokenizer.name != "bytes":
+                _check_unicode(str(file.path) if file.kind == "text" else where, content, passed)
+            elif file.kind != "text" and b"\0" in content:
+                raise BadInput(
+                    f"{where}: `{wanted.text_field}` holds a NUL, which ends documents of "
+                    "data.tokenizer=bytes: take it out, or take a tokenizer"
+                )
+            if ends:
+                whole = size if file.kind == "text" else len(content)
+                for part in _cut(read, content, passed, whole, wanted.held_out):
+                    yield index, number, part, len(content) if part.split == "validation" else 0
+            else:
+                held = _unit_hash(name) < wanted.held_out
+                part = Part(SPLITS[held], content, read.first, read.last)
+                yield index, number, part, len(content)
+            passed += len(content)
+
+
+def _cut(read: Any, content: bytes, passed: int, size: int, held_out: float) -> Iterator[Part]:
+    """A piece of a document whose end is held out, as parts of both splits."""
+    place = int(size * (1 - held_out)) - passed
+    if place >= len(content) and not read.last:
+        yield Part("train", content, read.first, False)
+        yield Part("validation", b"", False, False)
+    elif place < 0:
+        yield Part("validation", content, False, read.last)
+    else:
+        place = character_start(content, place) if place < len(content) else place
+        yield Part("train", content[:place], read.first, True)
+        yield Part("validation", content[place:], True, read.last)
+
+
+def _size_of_text(file: File) -> int:
+    if file.kind != "text":
+        return 0
+    if file.path.suffix.lower() in (".gz", ".zst"):
+        return sum(len(row.value) for row in read_rows(file, columns=[]))
+    return file.bytes
+
+
+def _text(columns: dict[str, Any], wanted: Encoding, where: str) -> bytes:
+    text = columns.get(wanted.text_field)
+    if not isinstance(text, str):
+        raise BadInput(f"{where}: must have a string `{wanted.text_field}` (data.text_field)")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        # To replace it would train on something else than the file says.
+        half = ascii(text[error.start])[1:-1]
+        raise BadInput(
+            f"{where}: `{wanted.text_field}` holds {half}, half of a surrogate pair: must be Unicode"
+        ) from None
+
+
+def _check_unicode(where: str, text: bytes, passed: int) -> None:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # To replace it would train on something else than the file says.
+        raise BadInput(
+            f"{where}: byte {passed + error.start} is {text[error.start]:#04x}, no UTF-8: "
+            "convert it, or take data.tokenizer=bytes"
+        ) from None
+
+
+def _ids_of(tokenizer: Tokenizer, parts: list[Part]) -> list[tuple[np.ndarray, Any]]:
+    """(ids, which of them are learnt) of every part."""
+    if parts[0].learnt is None:
+        plain = [(part.text, part.first, part.last) for part in parts]
+        return [(ids, None) for ids in tokenizer.encode_parts(plain)]
+    return tokenizer.encode_learnt([(part.text.decode(), part.learnt or []) for part in parts])
+
+
+def _unit_hash(name: str) -> float:
+    """A number in [0, 1) that depends on the name only."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
+
+
+class _Progress:
+    """Says on standard error how far a long encoding is: a line that is redrawn on a terminal."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._begin, self._start = max(total, 1), done, time.monotonic()
+        self._redrawn = sys.stderr.isatty()
+        self._next, self._shown = self._start + 2, False
+
+    def show(self, done: int, tokens: int) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + (0.2 if self._redrawn else 10)
+        rate = (done - self._begin) / (now - self._start) / 1e6
+        # Compressed files hold more than they are.
+        share = min(done / self._total, 1)
+        bar = "#" * int(share * 20)
+        line = f"encoding [{bar:<20}] {share:4.0%}, {tokens:,} tokens, {rate:.1f} MB/s"
+        print(
+            f"\r{line}" if self._redrawn else line,
+            end="" if self._redrawn else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._shown = True
+
+    def end(self) -> None:
+        if self._shown and self._redrawn:
+            print(file=sys.stderr)
