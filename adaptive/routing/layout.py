@@ -113,6 +113,33 @@ def valid_tokens(token_mask: Tensor) -> Tensor:
     return token_mask.bool()
 
 
+def layout_from_documents(
+    documents_BS: Tensor, device: torch.device | str | None = None
+) -> tuple[TokenLayout, Tensor]:
+    """Several documents in a row, and padding behind them, as sequences of their own.
+
+    Args:
+        documents_BS: int64, which of its row's documents a token is of, ascending in each row;
+            negative at padding. On the host, so that nothing waits for a device.
+        device: of what is returned.
+
+    Returns:
+        The layout of the T valid tokens, whose positions begin anew with each document, and their
+        flat indices int64 [T].
+    """
+    indices = (documents_BS >= 0).flatten().nonzero().squeeze(1)
+    rows_B1 = torch.arange(documents_BS.shape[0])[:, None] * (documents_BS.shape[1] + 1)
+    document_T = (documents_BS + rows_B1).flatten()[indices]
+    tokens = len(document_T)
+    borders = document_T.diff().nonzero().squeeze(1) + 1
+    cu_seqlens = torch.cat([torch.tensor([0]), borders, torch.tensor([tokens])[: tokens > 0]])
+    lengths = cu_seqlens.diff()
+    positions = torch.arange(tokens) - torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    max_seqlen = int(lengths.max()) if len(lengths) else 0
+    layout = TokenLayout(cu_seqlens.int().to(device), max_seqlen, positions.to(device))
+    return layout, indices.to(device)
+
+
 def layout_from_mask(valid_BS: Tensor) -> tuple[TokenLayout, Tensor]:
     """Drop padding: the layout of the valid tokens, and their flat indices int64 [T].
 

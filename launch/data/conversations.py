@@ -6,7 +6,6 @@ A row has `messages`, a list of {role, content}, or `prompt` and `response`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,7 @@
 """Documents to token files: batches on all cores, in constant memory, continued where it stopped.
 
-A folder of encoded text holds `train` and `validation`, each a .bin and .idx that Megatron reads too,
-and meta.json. It is built under another name and renamed when it is whole.
+A folder of encoded text holds `train` and `validation`, each a .bin and .idx that Megatron reads
+too, and meta.json. It is built under another name and renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class _Out:
         self._split, self._mark, self._dtype = split, mark, dtype
         suffixes = ["bin", "lengths", *(["counts"] if learnt else [])]
         self._files = {
-            name: stack.enter_context(open(folder / f"{split}.{name}", "ab")) for name in suffixes
+            name: stack.enter_context((folder / f"{split}.{name}").open("ab")) for name in suffixes
         }
 
     def write(self, ids: np.ndarray, counts: np.ndarray | None, *, last: bool) -> None:
@@ -382,7 +382,8 @@ def _text(columns: dict[str, Any], wanted: Encoding, where: str) -> bytes:
         # To replace it would train on something else than the file says.
         half = ascii(text[error.start])[1:-1]
         raise BadInput(
-            f"{where}: `{wanted.text_field}` holds {half}, half of a surrogate pair: must be Unicode"
+            f"{where}: `{wanted.text_field}` holds {half}, half of a surrogate pair: "
+            "must be Unicode"
         ) from None
 
 

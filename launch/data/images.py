@@ -180,7 +180,7 @@ def _open(path: str | None, shape: tuple[int, int, int], *, verify: bool) -> Ima
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise BadInput(f"data.path={path}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p, folder))
+    files = files_below(folder, keep_ways=True)
     kinds = {suffix: kind for kind in (_PICTURES, _ARRAYS, _TENSORS) for suffix in kind}
     known = [p for p in files if p.suffix.lower() in kinds]
     if not known:
@@ -200,9 +200,13 @@ def _open(path: str | None, shape: tuple[int, int, int], *, verify: bool) -> Ima
     return pictures
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    """Whether the file or a folder above it is hidden: what editors and systems leave behind."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _check_one_class(files: list[Path], names: list[str]) -> None:
+    classes: dict[tuple[int, int], str] = {}
+    for file, name in zip(files, names, strict=True):
+        status = file.stat()
+        other = classes.setdefault((status.st_dev, status.st_ino), name)
+        if other != name:
+            raise BadInput(f"{file}: is in the classes {other} and {name}: leave it in one")
 
 
 class Digits(ImageSource):
@@ -236,6 +240,7 @@ class _ClassFolders(ImageSource):
                 raise BadInput(f"{file}: must be in a folder named for its class")
             names.append(parts[0])
         self.classes = sorted(set(names))
+        _check_one_class(files, names)
         numbers = {name: number for number, name in enumerate(self.classes)}
         self._file_labels = np.array([numbers[name] for name in names], dtype=np.int64)
 

@@ -54,6 +54,8 @@ class Mixture:
         Raises:
             ValueError: the row lies before these weights.
         """
+        if len(self.names) == 1:
+            return 0, row - self.base + self.given.get(self.names[0], 0)
         if row < self.base:
             raise ValueError(f"row {row}: lies before row {self.base}, where these weights begin")
         with self._lock:
@@ -63,6 +65,8 @@ class Mixture:
 
     def counts(self, row: int) -> dict[str, int]:
         """Rows that each source has given before a row, those of earlier weights too."""
+        if len(self.names) == 1:
+            return {**self.given, self.names[0]: self.locate(row)[1]}
         if row > self.base:
             self.locate(row - 1)
         with self._lock:

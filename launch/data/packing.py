@@ -2,8 +2,8 @@
 
 Shape legend: D documents, P pieces, R rows, S tokens of a row.
 
-A row is inputs and targets: of a document of n tokens every one is a target once, and the inputs are
-the end of text and the document without its last token. So no piece needs another's tokens.
+A row is inputs and targets: of a document of n tokens every one is a target once, and the inputs
+are the end of text and the document without its last token. So no piece needs another's tokens.
 """
 
 from __future__ import annotations

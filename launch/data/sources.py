@@ -1,13 +1,15 @@
 """Where documents come from: the files below a path, and the rows in each of them.
 
-What a file is, its name says: rows of .jsonl, .parquet and saved Hugging Face datasets, token ids in
-.bin with .idx and in .npy, and text otherwise. What is none of them is refused, not read as text.
+What a file is, its name says: rows of .jsonl, .parquet and saved Hugging Face datasets, token ids
+in .bin with .idx and in .npy, and text otherwise. What is none of them is refused, not read as
+text.
 """
 
 from __future__ import annotations
 
 import glob
 import gzip
+import io
 import itertools
 import json
 import os
@@ -93,11 +95,15 @@ def check_path(path: str | None) -> None:
         raise ValueError(f"path={path!r}: must name a file or folder, or be null for the default")
 
 
-def files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path, *, keep_ways: bool = False) -> list[Path]:
     """Every file below a folder, each once, links followed; datasets are one entry each.
 
     Left out are hidden files and folders, and what these programs wrote: runs, caches. Of several
     ways to a file the one without a link is kept, else the first by name.
+
+    Args:
+        folder: where to look.
+        keep_ways: give a file in each of the folders directly below that lead to it.
     """
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
@@ -124,7 +130,12 @@ def files_below(folder: Path) -> list[Path]:
                 waiting.insert(place, Path(entry.path))
             elif entry.is_file():
                 found.append(Path(entry.path))
-    return each_once(found)
+    if not keep_ways:
+        return each_once(found)
+    groups: dict[str, list[Path]] = {}
+    for file in found:
+        groups.setdefault(file.relative_to(folder).parts[0], []).append(file)
+    return sorted(file for group in groups.values() for file in each_once(group))
 
 
 def each_once(files: list[Path]) -> list[Path]:
@@ -254,9 +265,8 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
             with gzip.open(file, "rb") as stream:
                 yield stream  # type: ignore[misc]
         elif suffix == ".zst":
-            zstandard = _needed("zstandard", file)
-            with zstandard.open(file, "rb") as stream:
-                yield stream
+            with open(file, "rb") as source:
+                yield io.BufferedReader(_ZstdFrames(source, _needed("zstandard", file)))
         else:
             with open(file, "rb") as stream:
                 yield stream
@@ -266,6 +276,34 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
         if type(error).__name__ == "ZstdError":
             raise BadInput(f"{file}: is no intact {suffix}: {error}") from None
         raise
+
+
+class _ZstdFrames(io.RawIOBase):
+    """Decompressed frames, one after the other; unlike zstandard's own, refuses half a frame."""
+
+    def __init__(self, source: IO[bytes], zstandard: Any) -> None:
+        self._source, self._start = source, zstandard.ZstdDecompressor().decompressobj
+        self._frame, self._held = None, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._held:
+            if self._frame is not None and self._frame.eof:
+                rest, self._frame = self._frame.unused_data, None
+            else:
+                rest = b""
+            read = rest or self._source.read(1 << 16)
+            if not read:
+                if self._frame is not None:
+                    raise EOFError("cut short")
+                return 0
+            self._frame = self._frame or self._start()
+            self._held = self._frame.decompress(read)
+        count = min(len(buffer), len(self._held))
+        buffer[:count], self._held = self._held[:count], self._held[count:]
+        return count
 
 
 def _needed(package: str, file: Path) -> Any:

@@ -9,8 +9,8 @@ import fcntl
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -77,8 +77,8 @@ class TextConfig:
         seq_len: tokens of a row.
         packing: "windows" of the text end to end, or whole "documents" packed into rows, which see
             nothing of one another.
-        conversations: rows are conversations (`messages`, or `prompt` and `response`), of which what
-            the assistant says is learnt; needs packing=documents.
+        conversations: rows are conversations (`messages`, or `prompt` and `response`), of which
+            what the assistant says is learnt; needs packing=documents.
         chat_template: how conversations are written: "plain", or the "tokenizer"'s own.
         too_long: conversations longer than a row: "cut" at its end, or "drop".
         tokenizer: "bytes" (vocabulary 256), or a folder or file that holds a `tokenizer.json`.
@@ -261,9 +261,9 @@ class Source:
                 continue
             identity = [FORMAT, file.identity, self.tokenizer.vocab_size]
             key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-            self._once(
-                f"ids-{key}", lambda: check_ids(file.path, tokens, self.tokenizer.vocab_size)
-            )
+            if not self._was_done(f"ids-{key}"):
+                check_ids(file.path, tokens, self.tokenizer.vocab_size)
+                self._remember(f"ids-{key}")
             parts.append(tokens)
         if not parts:
             raise BadInput(f"data.path={self.config.path}: no text in it")
@@ -271,17 +271,15 @@ class Source:
         ends = [part.ends + begin for part, begin in zip(parts, begins.tolist(), strict=False)]
         return Tokens(JoinedArrays([part.ids for part in parts]), np.concatenate(ends))
 
-    def _once(self, name: str, look: Callable[[], None]) -> None:
-        """Do something that a file in the cache remembers was done."""
+    def _was_done(self, name: str) -> bool:
+        return (Path(self.config.cache).expanduser() / name).is_file()
+
+    def _remember(self, name: str) -> None:
+        """Note in the cache that something was looked at; where it cannot, it is again."""
         done = Path(self.config.cache).expanduser() / name
-        if done.is_file():
-            return
-        look()
-        try:
+        with suppress(OSError):
             make_cache(done.parent)
             done.touch()
-        except OSError:
-            pass  # it is looked at again
 
     def _held_out(self, tokens: Tokens) -> tuple[Tokens, Tokens]:
         """The last documents are held out: nothing is copied of what may be terabytes."""
@@ -346,6 +344,14 @@ class Source:
         epoch, index = divmod(row, self.rows)
         key = int(row_generator(seed, epoch, stream=1).integers(2**63))
         return permuted(index, self.rows, key)
+
+    def packed_tokens(self, place: int) -> int:
+        """Tokens of a packed training row that are no padding."""
+        return self._packed["train"].tokens(place)
+
+    def packed_targets(self, place: int) -> int:
+        """Targets of a packed training row that are learnt."""
+        return self._packed["train"].targets(place, self.train)
 
     def packed_row(self, split: str, place: int) -> Row:
         tokens, packed = getattr(self, split), self._packed[split]

@@ -3,8 +3,8 @@
 Shape legend: N tokens, D documents.
 
 An .idx holds a header (magic, version 1, code of the dtype, counts of sequences and documents), the
-lengths of the sequences (int32), where each begins in the .bin (int64, bytes) and the first sequence
-of each document (int64). Here a sequence is a document.
+lengths of the sequences (int32), where each begins in the .bin (int64, bytes) and the first
+sequence of each document (int64). Here a sequence is a document.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def read_bin(file: Path) -> Tokens:
     head = index.open("rb").read(len(_MAGIC) + 25)
     if len(head) < len(_MAGIC) + 25 or not head.startswith(_MAGIC):
         raise BadInput(f"{index}: is no index of Megatron's .bin files")
-    _, code, sequences, documents = struct.unpack("<QBQQ", head[len(_MAGIC) :])
+    _, _, sequences, documents = struct.unpack("<QBQQ", head[len(_MAGIC) :])
     needed = len(head) + 12 * sequences + 8 * documents
     if index.stat().st_size < needed:
         raise BadInput(f"{index}: has {index.stat().st_size} bytes, must have {needed}: cut short")

@@ -60,7 +60,7 @@ class StepReport:
     """What one optimizer step did, over all ranks.
 
     Attributes:
-        loss: of the task, mean over the tokens of the global batch.
+        loss: of the task, mean over the targets of the global batch.
         tokens: of the global batch.
         executed_flops, nominal_flops: forward and backward.
         stop: whether some rank was asked to end.
@@ -117,7 +117,7 @@ class Loop:
         number = self.state.phase_step
         self._begin("batch")
         rows = range(self.state.rows, self.state.rows + train.batch_size)
-        tokens = self.task.tokens(rows)
+        tokens, targets = self.task.tokens(rows), self.task.targets(rows)
         start_step = getattr(engine.model, "start_step", None)
         if start_step is not None:
             start_step(number)
@@ -135,7 +135,7 @@ class Loop:
             with RoutingTape(engine.model, scope=scope) as tape:
                 loss_sum = engine.forward(batch)
             self._begin("backward")
-            engine.backward(loss_sum * (engine.replicas / tokens) + tape.loss())
+            engine.backward(loss_sum * (engine.replicas / targets) + tape.loss())
             self._begin("optimizer step")
             engine.step(learning_rate_at(number, train))
             if self.monitor is not None:
@@ -147,7 +147,7 @@ class Loop:
         sums[3] = float(self.stop.asked)
         _sum_over(sums, mesh)
         loss, executed, nominal, stop = sums.tolist()
-        report = StepReport(loss / tokens, tokens, executed, nominal, stop > 0, records)
+        report = StepReport(loss / targets, tokens, executed, nominal, stop > 0, records)
         self._advance(report)
         self._done |= {"batch", "forward", "backward", "optimizer step"}
         self.task.after_step(engine, self.state.step)

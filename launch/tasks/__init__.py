@@ -108,11 +108,15 @@ class Task(ABC):
 
     @abstractmethod
     def tokens(self, rows: range) -> int:
-        """Valid tokens in training rows: what their losses are means over. Needs no tensor."""
+        """Valid tokens in training rows: what auxiliary losses are means over. Needs no tensor."""
+
+    def targets(self, rows: range) -> int:
+        """What the task's loss over training rows is a mean over; by default, their tokens."""
+        return self.tokens(rows)
 
     @abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Sum of the loss over the batch's valid tokens, differentiable, float32 scalar.
+        """Sum of the loss over the batch's targets, differentiable, float32 scalar.
 
         `model` is the module from `build_model`; auxiliary losses go to the current RoutingTape.
         """

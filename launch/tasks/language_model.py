@@ -5,6 +5,7 @@ Shape legend: B rows, S tokens of a row, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,33 +16,44 @@ from torch import Tensor, nn
 from adaptive.flops import Work
 from adaptive.models.decoder.model import Decoder, DecoderConfig
 from adaptive.routing.collapse import FluctuationProbe
+from adaptive.routing.layout import TokenLayout, layout_from_documents
 from launch.checkpoint.growth import grow_whole
 from launch.checkpoint.state import WholeState
-from launch.data.text import Corpus, TextConfig, Tokenizer, open_corpus
+from launch.data.mixture import Mixture
+from launch.data.packing import Row
+from launch.data.text import Corpus, Source, TextConfig, open_corpus
+from launch.data.tokenizer import Tokenizer
 from launch.run.errors import BadInput
+from launch.run.ranks import is_first
 from launch.run.sections import RunConfig
 from launch.run.terminal import command
 from launch.tasks import Batch, Sums, Task, TrainedModel
 from launch.tasks.pictures import show_routing
+from parallel.context import own_context_rows
 from parallel.mesh import Mesh
+from parallel.rows import even_shards
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 class LanguageModelTask(Task):
-    """Loss: cross-entropy of the next token, nats, mean over the tokens of the global batch."""
+    """Loss: cross-entropy of the next token, nats, mean over the targets of the global batch."""
 
     model_config: ClassVar[type] = DecoderConfig
     data_config: ClassVar[type] = TextConfig
+    on_host: ClassVar[frozenset[str]] = frozenset({"documents", "sources"})
 
     def __init__(self, config: RunConfig, *, mesh: Mesh, device: torch.device) -> None:
         super().__init__(config, mesh=mesh, device=device)
         self._probe = FluctuationProbe()
+        self._apart = config.data.packing == "documents"
+        self._mixture: Mixture | None = None
+        self._row = 0  # behind the last one of the stream that was asked for
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        vocab_size = Tokenizer(config.data.tokenizer).vocab_size
+        vocab_size = Tokenizer(config.data.tokenizer, config.data.end_of_text).vocab_size
         if config.model.vocab_size < vocab_size:
             raise BadInput(
                 f"model.vocab_size={config.model.vocab_size}: must be at least {vocab_size}, "
@@ -62,15 +74,45 @@ class LanguageModelTask(Task):
     def build_model(self) -> nn.Module:
         return Decoder(self.config.model, mesh=self.mesh)
 
+    @property
+    def mixture(self) -> Mixture:
+        """The order of the sources' rows."""
+        if self._mixture is None:
+            self._mixture = self.corpus.mixture()
+        return self._mixture
+
     def batch(self, rows: range) -> Batch:
-        return _shifted([self.corpus.train_row(self.config.train.seed, row) for row in rows])
+        seed, found = self.config.train.seed, []
+        for row in rows:
+            number, index = self.mixture.locate(row)
+            source = self.corpus.sources[number]
+            if self._apart:
+                found.append(source.packed_row("train", source.packed_place(seed, index)))
+            else:
+                found.append(source.train_row(seed, index))
+        return _stacked(found)
 
     def tokens(self, rows: range) -> int:
-        return len(rows) * self.config.data.seq_len
+        self._row = rows.stop
+        if not self._apart:
+            return len(rows) * self.config.data.seq_len
+        return sum(source.packed_tokens(place) for source, place in self._places(rows))
+
+    def targets(self, rows: range) -> int:
+        if not self.config.data.conversations:
+            return self.tokens(rows)
+        return sum(source.packed_targets(place) for source, place in self._places(rows))
+
+    def _places(self, rows: range) -> Iterator[tuple[Source, int]]:
+        for row in rows:
+            number, index = self.mixture.locate(row)
+            source = self.corpus.sources[number]
+            yield source, source.packed_place(self.config.train.seed, index)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(model, Decoder)
-        return model.token_losses(batch["input_ids"], batch["targets"]).sum()
+        ids, targets, layout = _packed(batch)
+        return model.token_losses(ids, targets, layout=layout).sum()
 
     def adapt(self, whole: WholeState) -> WholeState:
         """Grow parameter tokens, where this phase's model is a TokenFormer that has more."""
@@ -79,20 +121,56 @@ class LanguageModelTask(Task):
         return grow_whole(whole, self.config.model)[0]
 
     def work(self, batch: Batch) -> Work:
+        if self._apart:
+            return Work.of(layout_from_documents(batch["documents"])[0])
         return Work.dense(*batch["input_ids"].shape)
+
+    def shared_state(self, engine: TrainedModel) -> dict[str, Tensor]:
+        """What every source has given so far, so that other weights can go on from there."""
+        return self.mixture.state(self._row)
+
+    def load_shared_state(self, engine: TrainedModel, state: dict[str, Tensor]) -> None:
+        self._mixture, changed = self.mixture.resumed(state)
+        self._row = int(state["mixture"][1])
+        if changed is not None and is_first():
+            print(changed, flush=True)
+
+    def start_phase(self, engine: TrainedModel) -> None:
+        if is_first():
+            for line in self.corpus.describe():
+                print(f"data: {line}", flush=True)
 
     @property
     def validation_rows(self) -> int:
-        return self.corpus.validation_rows
+        return self.corpus.held_out_rows
 
     def validation_batch(self, rows: range) -> Batch:
-        return _shifted([self.corpus.validation_row(row) for row in rows])
+        found = [self.corpus.held_out_row(row) for row in rows]
+        sources = torch.tensor([number for number, _ in found])
+        return {**_stacked([row for _, row in found]), "sources": sources}
 
     def validation_sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """`loss`, and that of each source where there are several."""
         assert isinstance(model, Decoder)
+        ids, targets, layout = _packed(batch)
+        losses_T = model.token_losses(ids, targets, layout=layout)
         # Context ranks have the losses of their own tokens only.
-        losses_T = model.token_losses(batch["input_ids"], batch["targets"])
-        return {"loss": (losses_T.sum(), losses_T.numel())}
+        shards = self.mesh.shards
+        own = even_shards(targets.numel(), shards) if shards > 1 else None
+        counted_T = own_context_rows(targets.flatten() >= 0, self.mesh, shard_sizes=own)
+        sums: Sums = {"loss": (losses_T.sum(), int(counted_T.sum()))}
+        names = self.config.data.names
+        if len(names) > 1:
+            source_BS = batch["sources"][:, None].expand_as(batch["input_ids"])
+            source_T = source_BS.flatten().to(losses_T.device)
+            if layout is not None:
+                source_T = source_T[layout_from_documents(batch["documents"], source_T.device)[1]]
+            source_T = own_context_rows(source_T, self.mesh, shard_sizes=own)
+            for number, name in enumerate(names):
+                mine_T = source_T == number
+                count = int((counted_T & mine_T).sum())
+                sums[f"loss/{name}"] = (losses_T.where(mine_T, 0).sum(), count)
+        return sums
 
     def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:
         """Pictures of who computed a held-out text."""
@@ -105,6 +183,20 @@ class LanguageModelTask(Task):
         return command("launch.generate", checkpoint, "--prompt", "def ")
 
 
-def _shifted(rows: list[np.ndarray]) -> Batch:
+def _stacked(rows: Sequence[np.ndarray | Row]) -> Batch:
+    """Rows as a batch: windows, whose last token is only a target, or packed documents."""
+    if isinstance(rows[0], Row):
+        names = Row._fields
+        columns = zip(*rows, strict=True)
+        return {n: torch.from_numpy(np.stack(c)) for n, c in zip(names, columns, strict=True)}
     ids = torch.from_numpy(np.stack(rows))
     return {"input_ids": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
+
+
+def _packed(batch: Batch) -> tuple[Tensor, Tensor, TokenLayout | None]:
+    """(ids, targets, layout) without padding: [B, S] each, or [1, T] with documents apart."""
+    ids, targets = batch["input_ids"], batch["targets"]
+    if "documents" not in batch:
+        return ids, targets, None
+    layout, valid = layout_from_documents(batch["documents"], ids.device)
+    return ids.flatten()[valid][None], targets.flatten()[valid][None], layout

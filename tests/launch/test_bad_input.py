@@ -237,14 +237,14 @@ def test_empty_and_short_data_are_refused(folder: Path, refused: Refused) -> Non
     assert "empty.txt: no text in it" in refused(f"data.path={folder / 'empty.txt'}")
     (folder / "short.txt").write_text("some words")
     line = refused(f"data.path={folder / 'short.txt'}")
-    assert "train tokens, must be at least 65 with data.seq_len=32" in line
+    assert "tokens in all, must be at least 98 with data.seq_len=32: give more text, or" in line
 
 
 def test_a_damaged_jsonl_line_is_named(folder: Path, refused: Refused) -> None:
     path = folder / "texts.jsonl"
     path.write_text('{"text": "fine"}\n{"words": "no"}\n')
     line = refused(f"data.path={path}")
-    assert line == f"error: {path}:2: must be a JSON object with a string `text`"
+    assert line == f"error: {path}:2: must have a string `text` (data.text_field)"
 
 
 def test_half_a_character_in_a_jsonl_is_named_by_its_line(folder: Path, refused: Refused) -> None:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.data.text import Corpus, TextConfig, Tokenizer, permuted
+from launch.data.text import Corpus, TextConfig, permuted
+from launch.data.tokenizer import Tokenizer
 from launch.run.errors import BadInput
 
 
@@ -103,16 +104,20 @@ def test_a_file_name_that_is_no_utf8_has_a_place_in_the_split(tmp_path: Path) ->
 
 def test_a_tokenizer_file_encodes(tmp_path: Path, folder: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.models.WordLevel({"[UNK]": 0, "document": 1}, unk_token="[UNK]")
+    model = tokenizers.models.WordLevel({"[UNK]": 0, "document": 1, ".": 2}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    options = {"tokenizer": str(tmp_path), "validation_fraction": 0.2}
+    options = {"tokenizer": str(tmp_path), "validation_fraction": 0.2, "end_of_text": "."}
     data = corpus(folder, **options)
-    assert data.vocab_size == 2
+    assert data.vocab_size == 3
     # "document N" begins each of them; every other word is unknown.
     assert data.train[0] == 1
-    assert data.train.sum() + data.validation.sum() == 200
+    ids = np.concatenate([data.train, data.validation])
+    assert ((ids == 1).sum(), (ids == 2).sum()) == (200, 200)
+
+
+NUL = "\u0100"  # what byte-level tokenizers call the byte 0
 
 
 def byte_level_tokenizer() -> Any:
@@ -135,7 +140,7 @@ def test_a_length_kept_in_a_tokenizer_file_cuts_and_pads_no_document(
     else:
         tokenizer.enable_padding(length=1000)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    data = corpus(folder, tokenizer=str(tmp_path))
+    data = corpus(folder, tokenizer=str(tmp_path), end_of_text=NUL)
     # A token a byte, and one that ends each document.
     written = sum(len(file.read_bytes()) + 1 for file in folder.glob("*.txt"))
     assert len(data.train) + len(data.validation) == written
@@ -145,11 +150,12 @@ def test_a_vocabulary_with_holes_is_as_large_as_its_highest_number(
     tmp_path: Path, folder: Path
 ) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.models.WordLevel({"[UNK]": 0, "document": 70_000}, unk_token="[UNK]")
+    model = tokenizers.models.WordLevel({"[UNK]": 0, "document": 70_000, ".": 1}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    data = corpus(folder, tokenizer=str(tmp_path), validation_fraction=0.2)
+    options = {"tokenizer": str(tmp_path), "validation_fraction": 0.2, "end_of_text": "."}
+    data = corpus(folder, **options)
     assert data.vocab_size == 70_001
     assert data.train[0] == 70_000
 
@@ -160,7 +166,7 @@ def test_text_that_is_no_utf8_is_refused_by_a_tokenizer_and_taken_as_bytes(
     byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (folder / "007.txt").write_bytes("caf\u00e9".encode("latin-1") * 50)
     with pytest.raises(BadInput, match=r"007.txt: byte 3 is 0xe9, no UTF-8: convert it, or take"):
-        corpus(folder, tokenizer=str(tmp_path))
+        corpus(folder, tokenizer=str(tmp_path), end_of_text=NUL)
     assert corpus(folder).vocab_size == 256
 
 
@@ -169,7 +175,8 @@ def test_the_end_of_a_document_is_held_out_from_a_whole_character_on(tmp_path: P
     text = "aé€😀" * 100
     for shift in range(10):
         (tmp_path / "one.txt").write_text("." * shift + text, encoding="utf-8")
-        data = corpus(tmp_path, tokenizer=str(tmp_path), validation_fraction=0.3)
+        options = {"tokenizer": str(tmp_path), "validation_fraction": 0.3, "end_of_text": NUL}
+        data = corpus(tmp_path, **options)
         tokenizer = Tokenizer(str(tmp_path))
         parts = [tokenizer.decode(part.tolist()) for part in (data.train, data.validation)]
         assert "".join(part.removesuffix("\0") for part in parts) == "." * shift + text
@@ -208,7 +215,7 @@ def test_processes_that_start_together_share_one_cache(folder: Path) -> None:
         sums = list(pool.map(encode, [folder] * 3))
     assert len(set(sums)) == 1
     assert len(list((folder / "cache").glob("text-*/meta.json"))) == 1
-    assert not list((folder / "cache").glob("building-*"))
+    assert not list((folder / "cache").glob("*.part"))
 
 
 def test_what_is_held_out_does_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:

@@ -239,8 +239,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Cross-entropy of every valid token against its target, nats, float32 [T].
 
-        The logits of padding are never computed. Under context parallelism, those of this rank's
-        tokens.
+        A target below 0 is not learnt: its loss and all of its gradients are 0. The logits of
+        padding are never computed. Under context parallelism, those of this rank's tokens.
         """
         ids_T, layout, valid = self._pack_inputs(input_ids_BS, token_mask, layout)
         _check_shape("targets", targets_BS, input_ids_BS)
@@ -248,9 +248,12 @@ class Decoder(nn.Module):
         targets_T = targets_BS.flatten() if valid is None else targets_BS.flatten()[valid]
         targets_T = own_context_rows(targets_T, self.mesh, shard_sizes=layout.shard_sizes)
         logits_Tv = self._split_logits(hidden_TD, layout)
+        learnt_T, targets_T = targets_T >= 0, targets_T.clamp(min=0)
         if self.mesh.tensor_group is None:
-            return cross_entropy(logits_Tv, targets_T, overwrite=True)
-        return vocab_cross_entropy(logits_Tv, targets_T, self.mesh, overwrite=True)
+            losses_T = cross_entropy(logits_Tv, targets_T, overwrite=True)
+        else:
+            losses_T = vocab_cross_entropy(logits_Tv, targets_T, self.mesh, overwrite=True)
+        return losses_T.where(learnt_T, 0)
 
     def hidden_states(
         self,
