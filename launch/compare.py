@@ -25,7 +25,7 @@ from launch.checkpoint.models import held_out_loss
 from launch.comparison.config import Comparison, folder_name, load_comparison
 from launch.comparison.report import write_results
 from launch.run.children import Children
-from launch.run.config import load_config, load_saved
+from launch.run.config import is_same, load_config, load_saved
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.folder import free_name, only_run_in
 from launch.run.options import check_counts, refuse_empty_values
@@ -132,7 +132,7 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
         return None
     if run.result.is_file():
         outcome: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
-        if outcome["config"] == run.config.resolved():
+        if is_same(outcome["config"], run.config):
             return outcome
     if _holds_another(run):
         try:

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m launch.sample",
         description=__doc__,
-        epilog="Options left out are those of the run's section data.sampling.",
+        epilog="Options left out are those of the run's section sampling.",
     )
     add_sampling_options(parser)
     parser.add_argument("--labels", help="class numbers, e.g. 0,3,7; by default all")

@@ -9,7 +9,7 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptive.models.diffusion.model import DiffusionConfig
-from adaptive.models.diffusion.samplers import SamplingConfig
 from launch.data.sources import check_path, files_below
 from launch.data.text import permuted
 from launch.run.errors import BadInput
@@ -32,27 +31,8 @@ _TENSORS = (".safetensors",)
 
 
 @dataclass(frozen=True)
-class AverageConfig:
-    """The moving average of the weights that samples are drawn with.
-
-    Attributes:
-        decay: of the average, a step.
-        warmup: let the decay rise as (1 + step) / (10 + step), for runs that are short.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    decay: float = 0.9999
-    warmup: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay={self.decay}: must be in [0, 1)")
-
-
-@dataclass(frozen=True)
 class ImageConfig:
-    """Images to learn from, and what a diffusion run makes of them.
+    """Images to learn from.
 
     Attributes:
         path: a folder with one folder of images (or of .npy latents) a class, or with .safetensors
@@ -61,9 +41,6 @@ class ImageConfig:
             sorted file names (see model.alignment); null: none.
         validation_fraction: share of images that is held out, chosen by a hash of their place.
         class_drop: probability that a training image loses its label.
-        average: of the weights.
-        sampling: of the grids that training shows; `launch.sample` starts from these too.
-        samples_per_class: columns of those grids.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -72,9 +49,6 @@ class ImageConfig:
     features: str | None = None
     validation_fraction: float = 0.1
     class_drop: float = 0.1
-    average: AverageConfig = field(default_factory=AverageConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    samples_per_class: int = 8
 
     def __post_init__(self) -> None:
         check_path(self.path)
@@ -82,8 +56,6 @@ class ImageConfig:
             raise ValueError(f"validation_fraction={self.validation_fraction}: must be in [0, 1)")
         if not 0 <= self.class_drop <= 1:
             raise ValueError(f"class_drop={self.class_drop}: must be in [0, 1]")
-        if self.samples_per_class < 1:
-            raise ValueError(f"samples_per_class={self.samples_per_class}: must be at least 1")
 
 
 class ImageSource(ABC):

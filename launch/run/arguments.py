@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.run.config import SECTIONS, load_config
+from launch.run.config import load_config, section_types
 from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
 from launch.run.options import refuse_empty_values
 from launch.run.plain_data import read_json
@@ -100,8 +100,7 @@ def describe(path: str | None, overrides: list[str]) -> str:
         "",
         *_top_level(config),
     ]
-    kinds: dict[str, Any] = {"model": task.model_config, "data": task.data_config, **SECTIONS}
-    for section, kind in kinds.items():
+    for section, kind in section_types(task).items():
         if section == "deepspeed":
             value = json.dumps(config.deepspeed)
             lines += ["", f"deepspeed.* = {value}", "    DeepSpeed's own configuration, untouched."]
@@ -150,7 +149,13 @@ def documentation(kind: type) -> dict[str, str]:
 
     A line for several fields serves each, or is cut at its semicolons into a part for each.
     """
-    text = inspect.getdoc(kind) or ""
+    docs: dict[str, str] = {}
+    for owner in reversed(kind.__mro__):
+        docs.update(_documented(inspect.cleandoc(owner.__doc__ or "")))
+    return docs
+
+
+def _documented(text: str) -> dict[str, str]:
     _, _, block = text.partition("Attributes:\n")
     entries: list[tuple[list[str], str]] = []
     for line in block.splitlines():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,25 @@ from torch import Tensor, nn
 
 from launch.tasks import TrainedModel
 from parallel.gradients import is_expert, part, whole
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """The moving average of the weights that samples are drawn with.
+
+    Attributes:
+        decay: of the average, a step.
+        warmup: let the decay rise as (1 + step) / (10 + step), for runs that are short.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    decay: float = 0.9999
+    warmup: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay={self.decay}: must be in [0, 1)")
 
 
 class _Part(NamedTuple):

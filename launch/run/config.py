@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.run.errors import BadInput
 from launch.run.growth_phases import growth_phases
+from launch.run.older import refuse_older_keys, with_todays_keys
 from launch.run.plain_data import plain, read_yaml
 from launch.run.recipes import recipe_file
 from launch.run.sections import (
@@ -33,6 +34,7 @@ from launch.run.sections import (
 from launch.run.trust import trust
 from launch.run.validation import suggestion, validated
 from launch.run.writable import write_text_whole
+from launch.tasks import Task
 from launch.tasks.registry import task_class
 
 SECTIONS: dict[str, Any] = {
@@ -43,6 +45,11 @@ SECTIONS: dict[str, Any] = {
     "deepspeed": dict[str, Any],
     "phases": list[PhaseConfig],
 }
+
+
+def section_types(task: type[Task]) -> dict[str, Any]:
+    """The dataclass of every section that runs of a task have."""
+    return {"model": task.model_config, "data": task.data_config, **SECTIONS, **task.sections}
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -60,7 +67,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
             leaves in force.
     """
     path = None if path is None else recipe_file(path)
-    tree = {} if path is None else _read_yaml(path)
+    tree = {} if path is None else with_todays_keys(_read_yaml(path))
     if path is None or not _left_by_a_run(path):
         trust(_named_code(tree))
     for override in overrides:
@@ -70,6 +77,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         tree = _override(tree, override)
         if key in _CODE:
             trust(_named_code({key: tree.get(key)}))
+    refuse_older_keys(str(tree.get("task")), list(overrides))
     _check_in_force(tree, overrides)
     tree.setdefault("output", f"runs/{path.stem if path is not None else 'default'}")
     return from_mapping(tree)
@@ -81,17 +89,16 @@ def from_mapping(tree: dict[str, Any]) -> RunConfig:
     Raises:
         BadInput: one line that names the value and the rule.
     """
-    known = [f.name for f in dataclasses.fields(RunConfig)]
-    for key in tree:
-        if key not in known:
-            raise BadInput(f"{key}: unknown key{suggestion(key, known)}")
     name = tree.get("task", "language_model")
     output = tree.get("output", "runs/default")
     for key, value in (("task", name), ("output", output)):
         if not isinstance(value, str):
             raise BadInput(f"{key}={value!r}: must be a string")
     task = task_class(name)
-    types_ = {"model": task.model_config, "data": task.data_config, **SECTIONS}
+    types_ = section_types(task)
+    for key in tree:
+        if key not in (known := ["task", "output", *types_]):
+            raise BadInput(f"{key}: unknown key{suggestion(key, known)}")
     sections = {}
     for section, kind in types_.items():
         empty: Any = [] if section == "phases" else {}
@@ -129,9 +136,17 @@ def load_saved(path: Path) -> RunConfig:
 
     Raises:
         UntrustedCode: it names a task or a plugin that the user does not.
-        BadInput: it is not one of this version's.
+        BadInput: it is of no version that this one reads.
     """
-    return from_mapping(_read_yaml(path / "run.yaml", interpolate=False))
+    return from_mapping(with_todays_keys(_read_yaml(path / "run.yaml", interpolate=False)))
+
+
+def is_same(recorded: Any, config: RunConfig) -> bool:
+    """Whether plain data that were written down, maybe by an older version, are this config."""
+    try:
+        return isinstance(recorded, dict) and from_mapping(with_todays_keys(recorded)) == config
+    except BadInput:
+        return False
 
 
 def save_resolved(config: RunConfig, path: Path) -> None:

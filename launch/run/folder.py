@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.checkpoint.contents import newest_checkpoint
+from launch.run.config import is_same
 from launch.run.errors import BadInput
 from launch.run.preflight import starting_checkpoint
 from launch.run.sections import RunConfig
@@ -46,7 +47,9 @@ def where_to_start(config: RunConfig) -> Path | None:
     if resume == "auto" and source is not None:
         return source
     origin = _origin(config, source)
-    if source is not None and _read(output / ORIGIN) == origin:
+    recorded = _read(output / ORIGIN) or {}
+    same = recorded.get("checkpoint") == origin["checkpoint"]
+    if source is not None and same and is_same(recorded.get("configuration"), config):
         own = newest_checkpoint(root)
         if own is not None:
             return own

@@ -109,7 +109,7 @@ def changed_settings(config: RunConfig, source: Path) -> list[str]:
     return [
         f"{key}: {now.get(key)}, was {then.get(key)}"
         for key in {**now, **then}
-        if key.split(".")[0] in ("task", "model", "data", "train", "deepspeed")
+        if key.split(".")[0] in ("task", "model", "data", "train", "average", "deepspeed")
         if now.get(key) != then.get(key)
     ]
 

@@ -188,7 +188,7 @@ class PhaseConfig:
 
     Attributes:
         name: of the phase.
-        train, model, data: keys of those sections that differ in this phase.
+        train, model, data, average, sampling: keys of those sections that differ in this phase.
         optimizer: "keep" the moments of the phase before, or "restart" from zero.
     """
 
@@ -198,7 +198,13 @@ class PhaseConfig:
     train: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
     optimizer: Literal["keep", "restart"] = "keep"
+
+
+OF_SOME_TASKS = ("average", "sampling")
+"""Sections that only tasks have which name them (`Task.sections`)."""
 
 
 @dataclass(frozen=True)
@@ -220,11 +226,14 @@ class RunConfig:
     monitor: MonitorConfig
     checkpoint: CheckpointConfig
     deepspeed: dict[str, Any]
+    average: Any = None
+    sampling: Any = None
     phases: list[PhaseConfig] = field(default_factory=list)
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data: `from_mapping` gives the same RunConfig."""
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(self)
+        return {k: v for k, v in plain.items() if v is not None or k not in OF_SOME_TASKS}
 
     def phase_configs(self) -> list[RunConfig]:
         """The configuration of each phase; the run itself when it has none.
@@ -238,8 +247,12 @@ class RunConfig:
         for phase in self.phases:
             try:
                 # Keys carry over from phase to phase: a model that grew stays grown.
-                for section in ("train", "model", "data"):
+                for section in ("train", "model", "data", *OF_SOME_TASKS):
+                    if not getattr(phase, section):
+                        continue
                     changed = getattr(config, section)
+                    if changed is None:
+                        raise BadInput(f"{section}: unknown key, task={self.task} has no such")
                     keys = _merged(dataclasses.asdict(changed), getattr(phase, section))
                     section_of_phase = validated(type(changed), keys, section)
                     config = dataclasses.replace(config, **{section: section_of_phase}, phases=[])

@@ -88,7 +88,7 @@ def sampling_config(run: RunConfig, options: argparse.Namespace) -> SamplingConf
     }
     changes = {name: value for name, value in given.items() if value is not None}
     try:
-        return dataclasses.replace(run.data.sampling, **changes)
+        return dataclasses.replace(run.sampling, **changes)
     except ValueError as error:
         raise BadInput(f"--{error}") from None
 

@@ -67,6 +67,7 @@ class Task(ABC):
 
     Class attributes:
         model_config, data_config: dataclasses of the sections `model` and `data`.
+        sections: dataclasses of further sections, of those that `OF_SOME_TASKS` names.
         on_host: names of a batch's tensors that stay on the host: they decide shapes.
 
     Args:
@@ -77,6 +78,7 @@ class Task(ABC):
 
     model_config: ClassVar[type]
     data_config: ClassVar[type]
+    sections: ClassVar[dict[str, type]] = {}
     on_host: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: RunConfig, *, mesh: Mesh, device: torch.device) -> None:

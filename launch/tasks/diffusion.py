@@ -5,6 +5,7 @@ Shape legend: B rows (images), S tokens of an image, C channels, H W pixels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from adaptive.flops import Work
 from adaptive.models.diffusion.flow_matching import Draws, draw, flow_matching_loss
 from adaptive.models.diffusion.model import DiffusionConfig, DiffusionTransformer
-from adaptive.models.diffusion.samplers import sample
+from adaptive.models.diffusion.samplers import SamplingConfig, sample
 from launch.data.images import ImageConfig, ImageData, tile, to_pixels
-from launch.run.averaging import WeightAverage
+from launch.run.averaging import AverageConfig, WeightAverage
 from launch.run.errors import BadInput
 from launch.run.ranks import is_first
 from launch.run.sections import RunConfig
@@ -31,6 +32,22 @@ AVERAGE = "average."  # of the names of averaged weights in checkpoints
 _VALIDATION_SEED = 20251021
 
 
+@dataclass(frozen=True)
+class SampleConfig(SamplingConfig):
+    """How samples are drawn: of the grids that training shows, and `launch.sample`'s defaults.
+
+    Attributes:
+        per_class: columns of those grids.
+    """
+
+    per_class: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_class < 1:
+            raise ValueError(f"per_class={self.per_class}: must be at least 1")
+
+
 class DiffusionTask(Task):
     """Loss: squared error of the velocity, mean over the pixels of the global batch.
 
@@ -40,6 +57,7 @@ class DiffusionTask(Task):
 
     model_config: ClassVar[type] = DiffusionConfig
     data_config: ClassVar[type] = ImageConfig
+    sections: ClassVar[dict[str, type]] = {"average": AverageConfig, "sampling": SampleConfig}
     on_host: ClassVar[frozenset[str]] = frozenset({"drop_path"})
 
     def __init__(self, config: RunConfig, *, mesh: Mesh, device: torch.device) -> None:
@@ -124,7 +142,7 @@ class DiffusionTask(Task):
         return {"loss": (self.loss_sum(model, batch), tokens)}
 
     def start_phase(self, engine: TrainedModel) -> None:
-        average = self.config.data.average
+        average = self.config.average
         self._average = WeightAverage(engine, decay=average.decay, warmup=average.warmup)
 
     def after_step(self, engine: TrainedModel, step: int) -> None:
@@ -151,10 +169,10 @@ class DiffusionTask(Task):
         own = model.state_dict()
         own.update((n, b) for n, b in engine.model.named_buffers() if n in own)
         model.load_state_dict({**own, **weights})
-        per_class = self.config.data.samples_per_class
+        per_class = self.config.sampling.per_class
         classes = min(self.config.model.num_classes, len(self.data.source.classes), 10)
         labels = torch.arange(classes, device=self.device).repeat_interleave(per_class)
-        images = sample(model.to(self.device), labels, self.config.data.sampling, seed=0)
+        images = sample(model.to(self.device), labels, self.config.sampling, seed=0)
         sheet = tile(to_pixels(images), per_class, zoom=max(1, 32 // self.config.model.image_size))
         writer.add_image("samples", sheet, step, dataformats="HWC")
 

@@ -46,7 +46,8 @@ def tiny_run(folder: Path, *, stage: int = 0, **train: Any) -> dict[str, Any]:
             "middle_depth": 1,
             "decoder_depth": 1,
         },
-        "data": {"validation_fraction": 0.01, "average": {"decay": 0.5}},
+        "data": {"validation_fraction": 0.01},
+        "average": {"decay": 0.5},
         "train": {
             "steps": STEPS,
             "batch_size": 8,
@@ -247,8 +248,8 @@ def reported_grid(tree: dict[str, Any], folder: str) -> tuple[np.ndarray, np.nda
     model = DiffusionTransformer(config.model)
     model.load_state_dict(engine.full_weights())
     model.load_state_dict(averaged_weights(task.shared_state(engine)), strict=False)
-    labels = torch.arange(10).repeat_interleave(config.data.samples_per_class)
-    images = sample(model, labels, config.data.sampling, seed=0)
-    sheet = tile(to_pixels(images), config.data.samples_per_class, zoom=4)
+    labels = torch.arange(10).repeat_interleave(config.sampling.per_class)
+    images = sample(model, labels, config.sampling, seed=0)
+    sheet = tile(to_pixels(images), config.sampling.per_class, zoom=4)
     engine.close()
     return picture.transpose(2, 0, 1), sheet.repeat(3, 2).transpose(2, 0, 1)

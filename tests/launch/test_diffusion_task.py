@@ -80,7 +80,7 @@ def test_held_out_times_cover_the_training_distribution() -> None:
         ({"model": {"keep": 0.3}}, "model.keep=0.3: structured keeping needs one of 0.125"),
         ({"model": {"num_classes": 7}}, "must be below model.num_classes=7"),
         ({"model": {"channels": 3}}, "the digits are 1x8x8, the model takes 3x8x8"),
-        ({"data": {"sampling": {"steps": 0}}}, "data.sampling.steps=0: must be at least 1"),
+        ({"sampling": {"steps": 0}}, "sampling.steps=0: must be at least 1"),
         ({"data": {"path": "/nowhere"}}, "data.path=/nowhere: no such folder"),
         ({"model": {"keeping": "cells"}}, "model.keeping='cells': must be one of"),
         ({"data": {"features": "x.npy"}}, "data.features and model.alignment: give both or none"),

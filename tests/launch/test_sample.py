@@ -44,7 +44,7 @@ def models() -> tuple[DiffusionTransformer, DiffusionTransformer]:
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     sampling = {"steps": 3, "scale": 1.5}
-    tree = {"task": "diffusion", "model": MODEL, "data": {"sampling": sampling}}
+    tree = {"task": "diffusion", "model": MODEL, "sampling": sampling}
     trained, averaged = models()
     state = {f"average.{name}": p.detach() for name, p in averaged.named_parameters()}
 
