@@ -31,10 +31,46 @@ def join_ranks() -> torch.device:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False
-    )
+    backend = "nccl" if cuda else "gloo"
+    if _on_one_node() and not dist.is_initialized():
+        _join_on_loopback(backend)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device
+
+
+def _on_one_node() -> bool:
+    """Whether a launcher started all ranks here and left it to rank 0 to be where they meet."""
+    here = os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    elastic = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return here == os.environ["WORLD_SIZE"] and not elastic
+
+
+def _join_on_loopback(backend: str) -> None:
+    """Meet where no other machine reaches: torch's own rendezvous listens on every interface.
+
+    Whoever reaches a rank's socket may take part, without a password.
+    """
+    from deepspeed.constants import default_pg_timeout
+
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    port, listening = int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        with socket.create_server(("127.0.0.1", port), backlog=2048) as listener:
+            listening = listener.detach()  # the store closes it
+    store = dist.TCPStore(
+        "127.0.0.1",
+        port,
+        ranks,
+        is_master=rank == 0,
+        timeout=default_pg_timeout,
+        master_listen_fd=listening,
+    )
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=ranks, timeout=default_pg_timeout
+    )
 
 
 def free_port() -> int:

@@ -1,5 +1,7 @@
 """Images and latents of every kind arrive as they are, and what does not fit is named."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +247,16 @@ def test_held_out_images_of_every_class_come_at_all_places(tmp_path: Path) -> No
     # Random orders of so many stay within four standard deviations.
     correlation = torch.corrcoef(torch.stack([labels, places]))[0, 1]
     assert correlation.abs() < 4 / len(labels) ** 0.5
+
+
+def test_a_picture_of_too_many_pixels_is_one_line(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    write_pictures(tmp_path)
+    path = tmp_path / "ants" / "0.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
+    with pytest.raises(BadInput, match=r"ants/0.png: is no intact picture: .*3600000000 pixels"):
+        data_of(tmp_path, channels=3)
