@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaptive.ops import grouped_linear as op
 from adaptive.ops.expert_feed_forward import KernelExpertFeedForward
 from adaptive.ops.grouped_linear import KernelGroupedLinear
 from adaptive.ops.kernels.grouped_tiles import rows_class
@@ -136,11 +137,14 @@ def test_one_autotuning_serves_a_class_of_shapes() -> None:
     assert rows_class(0, 8) == rows_class(3, 8)
 
 
-def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs() -> None:
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ADAPTIVE_BACKEND", "triton")
     x, weight = draw(6, 5).requires_grad_(), draw(2, 4, 5, seed=1).requires_grad_()
     rows = torch.tensor([4, 2], device=DEVICE)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        out = grouped_linear(x, weight, rows)
+        out = op.grouped_linear(x, weight, rows)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert x.grad.dtype == weight.grad.dtype == torch.float32
