@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.launch.configuration_fuzz import fuzz
 from tests.soak import interruptions
 from tests.soak.damage import damage_one
 from tests.soak.disk import fill
@@ -82,6 +81,8 @@ def main() -> None:
 
 
 def _configurations(tries: int, *, folder: Path, record: Record, seed: int) -> None:
+    from tests.launch.configuration_fuzz import fuzz
+
     with tempfile.TemporaryDirectory(dir=folder) as at:
         figures = fuzz(Path(at), seed=seed, count=tries)
     said = f"slowest answer {figures.slowest:.1f} s"
