@@ -54,7 +54,8 @@ def planned_flops(
     """Operations that a model plans for a batch.
 
     Args:
-        model: any model of this library, or its configuration (DecoderConfig, DiffusionConfig).
+        model: any model of this library, or its configuration (DecoderConfig, DiffusionConfig), or
+            that of a run, as `load_model` gives it.
         batch_size: sequences in the batch; or in place of it and of `seq_len` a TokenLayout, or a
             list of the lengths of all sequences.
         seq_len: tokens of every sequence.
@@ -158,6 +159,8 @@ def _model(model: nn.Module | object) -> nn.Module:
     """The model itself, or one built from its configuration without memory for its weights."""
     if isinstance(model, nn.Module):
         return model
+    # A run's configuration has the model's as its section `model`.
+    model = getattr(model, "model", model)
     build = _BUILT_FROM.get(type(model).__name__)
     if build is None:
         names = " or ".join(_BUILT_FROM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,11 +134,13 @@ def parse_mesh(text: str) -> dict[str, Any]:
             mesh[name] = value == "true"
         elif name == "context_attention" and value in ("ulysses", "ring"):
             mesh[name] = value
-        elif name in ("data", "tensor", "context", "expert") and value.isdecimal():
+        elif name in ("data", "tensor", "context", "expert") and re.fullmatch(
+            r"[1-9]\d{0,5}", value
+        ):
             mesh[name] = int(value)
         else:
             raise BadInput(
-                f"mesh {text!r}: {word!r} must be data, tensor, context or expert=NUMBER, "
+                f"mesh {text!r}: {word!r} must be data, tensor, context or expert=NUMBER from 1, "
                 "sequence_parallel=true or context_attention=ring"
             )
     return mesh

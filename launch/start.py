@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         parsed = parse(arguments, program="python -m launch.start", launcher=launcher_options())
         ranks = count_ranks(parsed.options, gpus=torch.cuda.device_count() if uses_cuda() else 0)
         port = choose_port(parsed.options.port)
-        check_run(parsed.config, ranks=ranks)
+        check_run(parsed.config, ranks=ranks, speak=True)
     command = launcher_command(parsed, ranks=ranks, port=port)
     print(shlex.join(command), flush=True)
     if parsed.options.dry_run:

@@ -46,6 +46,7 @@ from launch.run.preflight import changed_settings, check_continues, check_run
 from launch.run.progress import Progress, farewell
 from launch.run.ranks import StopRequest, is_first, join_ranks
 from launch.run.sections import RunConfig
+from launch.run.terminal import announced
 from launch.tasks.registry import task_class
 from parallel.mesh import Mesh
 
@@ -96,6 +97,8 @@ def run(config: RunConfig, marks: Marks | None = None) -> None:
     """Train all phases, from the newest checkpoint or from nothing; `marks` say how far it is."""
     marks = Marks() if marks is None else marks
     device = join_ranks()
+    if is_first():
+        print(f"{dist.get_world_size()} ranks have met on {device.type}", flush=True)
     with ExitStack() as held:
         source = _agreed(lambda: _begin(config, held))
         marks.open(Path(config.output), dist.get_rank())
@@ -177,7 +180,8 @@ def _run_phase(
     """Train one phase to its end, or until asked to stop; returns the checkpoint it ends with."""
     marks("building the engine", step=state.step, slow=True)
     task = task_class(config.task)(config, mesh=mesh, device=device)
-    engine = Engine(config, task, mesh=mesh, device=device)
+    with announced("building the model and its optimizer", speak=is_first()):
+        engine = Engine(config, task, mesh=mesh, device=device)
     monitor = Monitor(
         engine.model, log=log, every=config.monitor.every, group=mesh.token_group, device=device
     )
@@ -189,25 +193,31 @@ def _run_phase(
     task.start_phase(engine)
     if source is not None:
         marks("reading a checkpoint", slow=True)
-        loop.load(source, moments=_keeps_moments(run_config, state))
+        with announced(f"reading {source}", speak=is_first()):
+            loop.load(source, moments=_keeps_moments(run_config, state))
         progress.say(f"continuing from {source}")
         # At the beginning of a phase other settings are what it is for.
         changed = changed_settings(config, source) if state.phase_step else []
         if changed:
             progress.say(f"with other settings than it: {'; '.join(changed)}")
-    asked = False
+    asked = said_uncounted = False
     checkpoint: Path | None = None
     while loop.state.phase_step < train.steps and not asked:
         since = time.perf_counter()
-        report = loop.step()
+        with announced("taking the first step", speak=is_first() and loop.state.step == 0):
+            report = loop.step()
         loop.check_moved()
         number, step, asked = loop.state.phase_step, loop.state.step, report.stop
         learning_rate = learning_rate_at(number - 1, train)
         seconds = time.perf_counter() - since
-        progress.step(number, report, seconds)
+        norm = engine.gradient_norm
+        progress.step(number, report, seconds, learning_rate=learning_rate, gradient_norm=norm)
+        if loop.uncounted and not said_uncounted:
+            said_uncounted = True
+            progress.say(f"operations are not counted: {loop.uncounted}")
         scalars = {"loss/train": report.loss, "learning_rate": learning_rate}
-        if monitor.due(step) and engine.gradient_norm is not None:
-            scalars["gradient_norm"] = engine.gradient_norm
+        if monitor.due(step) and norm is not None:
+            scalars["gradient_norm"] = norm
         alarms = monitor.end_step(
             step,
             scalars,

@@ -61,6 +61,8 @@ def find_checkpoint(path: str | Path, *, checksums: bool = True) -> Path:
     path = Path(path).expanduser()
     if path.is_file():
         raise BadInput(f"{path}: is a file, must be the folder of a checkpoint or of a run")
+    if not path.exists():
+        raise BadInput(f"{path}: does not exist")
     if (path / MANIFEST).is_file() or (path / "state.json").is_file():
         problem = problem_with_checkpoint(path, checksums=checksums)
         if problem is not None:

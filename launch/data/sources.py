@@ -172,6 +172,8 @@ def find_files(path: str | None) -> list[File]:
     pattern = os.path.expanduser(path)
     if Path(pattern).is_dir():
         root = Path(pattern)
+        if root.resolve() == Path(root.resolve().anchor):
+            raise BadInput(f"data.path={path}: must be a folder of text, not a whole file system")
         found = [root] if _is_dataset(root) else files_below(root)
     else:
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts[:-1])

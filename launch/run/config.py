@@ -94,6 +94,8 @@ def from_mapping(tree: dict[str, Any]) -> RunConfig:
     for key, value in (("task", name), ("output", output)):
         if not isinstance(value, str):
             raise BadInput(f"{key}={value!r}: must be a string")
+        if re.search(r"[\x00-\x1f\x7f]", value):
+            raise BadInput(f"{key}={value!r}: must hold no control character, as a line's end")
     task = task_class(name)
     types_ = section_types(task)
     for key in tree:
@@ -105,6 +107,10 @@ def from_mapping(tree: dict[str, Any]) -> RunConfig:
         value = tree.get(section)
         sections[section] = validated(kind, empty if value is None else value, section)
     config = _with_growth(RunConfig(task=name, output=output, **sections))
+    names = [phase.name for phase in config.phases]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"phases: two are called {name!r}, must have names of their own")
     config.phase_configs()
     return config
 

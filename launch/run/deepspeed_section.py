@@ -51,6 +51,41 @@ def check_deepspeed(section: Mapping[str, Any]) -> None:
         if "optimizer" in section:
             _check_optimizer(section["optimizer"])
         _check_values({k: v for k, v in section.items() if k not in _FROM_OTHER_SECTIONS})
+        _check_served(section)
+
+
+def _check_served(section: Mapping[str, Any]) -> None:
+    """Refuse what DeepSpeed takes and a run of this project would not get."""
+    from deepspeed.accelerator import get_accelerator
+
+    for key in ("tensor_parallel", "expert_parallel", "sequence_parallel_size"):
+        if section.get(key) not in (None, {}, 1):
+            axis = _AXES[key]
+            raise BadInput(f"deepspeed.{key}: must be left out, set parallel.{axis} instead")
+    for key in _MONITORS:
+        if _enabled(section, key):
+            raise BadInput(
+                f"deepspeed.{key}.enabled=True: must be false, DeepSpeed would show the learning "
+                "rate alone; section monitor writes OUTPUT/metrics.jsonl and TensorBoard"
+            )
+    if _enabled(section, "fp16") and not get_accelerator().is_fp16_supported():
+        device = get_accelerator().device_name()
+        raise BadInput(
+            f"deepspeed.fp16.enabled=True: needs another device than this {device}; take bf16"
+        )
+
+
+_AXES = {
+    "tensor_parallel": "tensor",
+    "expert_parallel": "expert",
+    "sequence_parallel_size": "context",
+}
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+
+
+def _enabled(section: Mapping[str, Any], key: str) -> bool:
+    values = section.get(key)
+    return isinstance(values, dict) and bool(values.get("enabled"))
 
 
 class _Recording(dict[str, Any]):
@@ -175,6 +210,11 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
         known = [*DEEPSPEED_OPTIMIZERS, *of_torch]
         rule = "must be one of DeepSpeed's or torch.optim's optimizers"
         raise BadInput(f"deepspeed.optimizer.type={given!r}: {rule}{suggestion(str(given), known)}")
+    if str(given).lower() == "muon":
+        raise BadInput(
+            f"deepspeed.optimizer.type={given!r}: must be another, the moments of Muon's matrices "
+            "cannot be checked, saved or resumed here"
+        )
     if not isinstance(params, dict):
         raise _no_mapping("deepspeed.optimizer.params", params)
 

@@ -168,9 +168,10 @@ class Engine:
 
     @property
     def keeps_moments(self) -> bool:
-        """Whether the optimizer has Adam's moments: one like Adam, after its first step."""
+        """Whether the optimizer has Adam's moments of all that it has stepped: one like Adam."""
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        return any("exp_avg" in state for state in inner.state.values())
+        states = [state for state in inner.state.values() if state]
+        return bool(states) and all("exp_avg" in state for state in states)
 
     def full_moments(self) -> dict[str, Tensor]:
         """`exp_avg/NAME` and `exp_avg_sq/NAME`, whole; zeros before the first step. Collective.

@@ -85,6 +85,9 @@ class Loop:
         monitor: is shown what was routed; None: nobody.
         stop: whether this process was asked to end.
         marks: are told how far it is; None: nobody.
+
+    Attributes:
+        uncounted: why operations are not counted; None while they are.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Loop:
         self.root = Path(config.output) / "checkpoints"
         self._unmoved = [n for n, p in engine.named_parameters() if p.requires_grad]
         self._takes_census = True
+        self.uncounted: str | None = None
         # Whole shapes: the model's own parameters are slices, and under ZeRO 3 empty.
         with torch.device("meta") as meta:
             self._shapes = type(task)(config, mesh=Mesh.single(), device=meta).build_model()
@@ -340,13 +344,19 @@ class Loop:
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
 
     def _count_operations(self, sums: Tensor, records: list[RoutingRecord], batch: Batch) -> None:
-        work = self.task.work(batch)
+        work = None if self.uncounted else self.task.work(batch)
         if work is None:
             return
         # Every context rank counts the whole of the sequences that they share.
         ranks = self.engine.mesh.context
-        sums[1] += executed_flops(self._shapes, records, work, backward=True) / ranks
-        sums[2] += nominal_flops(self._shapes, work, backward=True) / ranks
+        try:
+            executed = executed_flops(self._shapes, records, work, backward=True) / ranks
+            nominal = nominal_flops(self._shapes, work, backward=True) / ranks
+        except ValueError as error:  # a module of one's own that does not say what it computes
+            self.uncounted = str(error)
+            return
+        sums[1] += executed
+        sums[2] += nominal
 
     def _advance(self, report: StepReport) -> None:
         state = self.state

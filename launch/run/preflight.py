@@ -15,14 +15,20 @@ from launch.run.deepspeed_section import check_deepspeed
 from launch.run.engine import engine_settings
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
+from launch.run.terminal import announced
 from launch.run.writable import check_folder
 from launch.run.zero import check_zero
 from launch.tasks.registry import make_task, task_class
 from parallel.mesh import Mesh, data_degree
 
 
-def check_run(config: RunConfig, *, ranks: int) -> None:
+def check_run(config: RunConfig, *, ranks: int, speak: bool = False) -> None:
     """Check that a run on that many ranks can begin. Builds the caches of its data.
+
+    Args:
+        config: of the run.
+        ranks: how many.
+        speak: say what takes longer than a second.
 
     Raises:
         BadInput: one line that names the value and the rule.
@@ -35,13 +41,18 @@ def check_run(config: RunConfig, *, ranks: int) -> None:
         raise BadInput(f"parallel.{error}") from None
     mesh = Mesh(**{**vars(axes), "data": data})
     check_folder("output", config.output)
-    check_deepspeed(config.deepspeed)
+    with announced("checking section deepspeed (which imports it)", speak=speak):
+        check_deepspeed(config.deepspeed)
     for phase in phases:
         stage = phase.deepspeed.get("zero_optimization", {}).get("stage", 0)
         check_zero(stage, tensor=axes.tensor, expert=axes.expert)
         engine_settings(phase, data)
-        task_class(phase.task).check(phase)
-        _check_elements(meta_model(phase, mesh), stage)
+        with announced(f"reading data.path={getattr(phase.data, 'path', None)}", speak=speak):
+            task_class(phase.task).check(phase)
+        with announced("checking the model", speak=speak):
+            model = meta_model(phase, mesh)
+        _check_memory(model)
+        _check_elements(model, stage)
     # Sizes only: the run itself compares the checksums, once.
     source = starting_checkpoint(config, checksums=False)
     if source is not None:
@@ -58,6 +69,19 @@ def _check_elements(model: nn.Module, stage: int) -> None:
                 f"deepspeed.zero_optimization.stage=3: cannot shard {name} "
                 f"{list(parameter.shape)}, which has no elements; use ZeRO 0, 1 or 2"
             )
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuse weights that this machine cannot hold: each rank makes its part whole, then shards."""
+    import psutil
+
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise BadInput(
+            f"model: {needed / 2**30:,.0f} GiB of weights for one rank, must be at most the "
+            f"{there / 2**30:,.0f} GiB of this machine (launch.plan tells what a larger one needs)"
+        )
 
 
 def starting_checkpoint(config: RunConfig, *, checksums: bool = True) -> Path | None:
@@ -131,5 +155,12 @@ def meta_model(config: RunConfig, mesh: Mesh | None = None) -> nn.Module:
     try:
         with torch.device("meta") as device:
             return make_task(config, mesh=mesh, device=device).build_model()
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise BadInput(f"model: {error}") from None
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise BadInput(
+            "model: is too large to be written down: some size, or the product of two, is above "
+            "the 64 bits that a tensor is measured by"
+        ) from None

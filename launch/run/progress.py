@@ -30,7 +30,15 @@ class Progress:
         if self.speak:
             print(f"{self._clear()}{line}", flush=True)
 
-    def step(self, step: int, report: StepReport, seconds: float) -> None:
+    def step(
+        self,
+        step: int,
+        report: StepReport,
+        seconds: float,
+        *,
+        learning_rate: float,
+        gradient_norm: float | None = None,
+    ) -> None:
         """Count a step that took `seconds`; every `every`-th prints a line that stays.
 
         Rates are over the seconds of steps: evaluations and checkpoints in between slow none.
@@ -46,18 +54,25 @@ class Progress:
             self._last = (self._tokens / taken, self._executed / taken, self._nominal / taken)
             self._tokens, self._seconds, self._executed, self._nominal = 0, 0.0, 0.0, 0.0
         if self.speak and (due or self._live):
-            line = self._line(step, report)
+            line = self._line(step, report, learning_rate, gradient_norm)
             print(f"{self._clear()}{line}", end="\n" if due else "", flush=True)
 
-    def _line(self, step: int, report: StepReport) -> str:
+    def _line(
+        self, step: int, report: StepReport, learning_rate: float, gradient_norm: float | None
+    ) -> str:
         tokens, executed, nominal = self._last
         width = len(str(self.steps))
         left = (time.perf_counter() - self._begun) / self._done * (self.steps - step)
         parts = [f"{self.name} {step:>{width}}/{self.steps}", f"loss {report.loss:.4f}"]
+        parts.append(f"lr {learning_rate:.2e}")
+        if gradient_norm is not None:
+            parts.append(f"gradient {gradient_norm:.3g}")
         if tokens:
             parts.append(f"{tokens:,.0f} tokens/s")
         if nominal:
-            parts.append(f"{rate(executed)} executed, {rate(nominal)} nominal")
+            parts.append(
+                f"{rate(executed)} executed, {rate(nominal)} nominal ({executed / nominal:.0%})"
+            )
         parts.append(f"{clock(left)} left")
         return "  ".join(parts)
 

@@ -19,6 +19,8 @@ _FORBID = {"extra": "forbid"}
 
 # What counts and seeds are kept in: int64, by numpy and torch.
 LARGEST_WHOLE = 2**63 - 1
+# Rows of one step: what holds them is made in memory.
+LARGEST_BATCH = 2**24
 # Optimizers compute in float32, into which torch refuses to convert a larger number.
 _LARGEST = 1e38
 
@@ -89,7 +91,8 @@ class TrainConfig:
     growth: list[GrowthConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _within(self, 1, LARGEST_WHOLE, "steps", "batch_size", "micro_batch_size", "log_every")
+        _within(self, 1, LARGEST_WHOLE, "steps", "log_every")
+        _within(self, 1, LARGEST_BATCH, "batch_size", "micro_batch_size")
         _within(self, 0, LARGEST_WHOLE, "warmup_steps", "evaluate_every", "move_within", "seed")
         _within(self, 0, LARGEST_WHOLE, "calibrate_rows")
         # Adam divides the rate by 1 - beta1 at first, and multiplies it by the decay.

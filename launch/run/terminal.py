@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -25,3 +28,16 @@ def visible(text: str) -> str:
 def command(module: str, *words: str | Path) -> str:
     """A line for a shell that runs a module by this Python, whatever its words contain."""
     return shlex.join([sys.executable, "-m", module, *map(str, words)])
+
+
+@contextmanager
+def announced(line: str, *, speak: bool = True, after: float = 1.0) -> Iterator[None]:
+    """Say what is being done when it takes longer than `after` seconds; what is quick is silent."""
+    timer = threading.Timer(after, lambda: print(f"{line} …", flush=True))
+    timer.daemon = True
+    if speak:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,10 +22,31 @@ def validated(kind: Any, value: Any, section: str) -> Any:
     Raises:
         BadInput: one line that names the value and the rule.
     """
+    _refuse_odd_numbers(kind, value, section)
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise BadInput(_first_line(error, kind, section)) from None
+
+
+def _refuse_odd_numbers(kind: Any, value: Any, path: str) -> None:
+    """Refuse what pydantic takes for a number: `true` where one is wanted, and .nan anywhere."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{path}={value}: must be a finite number")
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
+    if isinstance(value, bool) and bool not in options and {int, float} & set(options):
+        what = "a whole number" if float not in options else "a number"
+        raise BadInput(f"{path}={str(value).lower()}: must be {what}")
+    if isinstance(value, dict):
+        known = _field_names(kind)
+        for key, inner in value.items():
+            inner_kind = _field_type(kind, key) if key in known else None
+            _refuse_odd_numbers(inner_kind, inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        lists = [o for o in options if typing.get_origin(o) is list]
+        inner_kind = _item_type(lists[0]) if lists else None
+        for index, inner in enumerate(value):
+            _refuse_odd_numbers(inner_kind, inner, f"{path}[{index}]")
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")

@@ -51,6 +51,8 @@ def _probe(said: str, folder: Path) -> None:
     existing = folder
     with _one_line(said, folder):
         while not existing.exists():
+            if existing.is_symlink():
+                raise BadInput(f"{said}: {existing} is a link to nothing")
             existing = existing.parent
     if not existing.is_dir():
         which = "" if existing == folder else f"{existing} "

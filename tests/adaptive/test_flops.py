@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,6 +146,14 @@ def test_nominal_operations_are_those_of_the_dense_model() -> None:
     for backward in (False, True):
         nominal = nominal_flops(ROUTED, BATCH, LENGTH, backward=backward)
         assert nominal == planned_flops(CONFIG, BATCH, LENGTH, backward=backward)
+
+
+def test_the_configuration_of_a_run_will_do() -> None:
+    """As `load_model` gives it: the model's own is its section `model`."""
+    run = SimpleNamespace(model=CONFIG, task="language_model")
+    assert planned_flops(run, 2, 8) == planned_flops(CONFIG, 2, 8)
+    with pytest.raises(ValueError, match="SimpleNamespace: must be a model, or a DecoderConfig"):
+        planned_flops(SimpleNamespace(), 2, 8)
 
 
 def test_written_out_formula() -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from adaptive.flops import Work
 from launch.checkpoint.files import WEIGHTS, find_checkpoint, read_state
 from launch.checkpoint.state import RunState
 from launch.run.config import from_mapping
@@ -86,6 +87,30 @@ def test_a_parameter_that_nothing_moves_ends_the_run_by_name(
     # Weight decay alone does not count as moving.
     message = run_ranks(fail, 2, tree, timeout=60)[0]
     assert message == "forgotten: had no gradient within train.move_within=1 steps"
+
+
+class UncountedTask(UnusedTask):
+    """Its model has a matrix that moves, and says nothing of its operations."""
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(model, UnusedModel)
+        return LanguageModelTask.loss_sum(self, model.decoder, batch) + model.forgotten.sum()
+
+    def work(self, batch: Batch) -> Work:
+        return LanguageModelTask.work(self, batch)
+
+
+def uncounted(tree: dict[str, Any]) -> tuple[float, str | None]:
+    loop = make_loop(from_mapping(tree))
+    return loop.step().executed_flops, loop.uncounted
+
+
+def test_a_model_that_says_no_operations_trains_and_they_are_not_counted(folder: Path) -> None:
+    tree = tiny_config(folder, task="tests.launch.test_loop:UncountedTask")
+    executed, why = run_ranks(uncounted, 1, tree, timeout=60)[0]
+    assert executed == 0
+    assert why is not None
+    assert why.startswith("UnusedModel: has a weight matrix and says no FLOPs")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 from launch.run import progress
 from launch.run.loop import StepReport
 from launch.run.progress import Progress, clock, farewell, rate
+from launch.run.terminal import announced
 from launch.tasks.diffusion import DiffusionTask
 from launch.tasks.language_model import LanguageModelTask
 
@@ -45,15 +47,27 @@ def test_an_evaluation_between_two_steps_slows_no_rate(
     said = Progress(steps=8, every=2, name="step", speak=True)
     for step in range(1, 5):
         now[0] += 0.5
-        said.step(step, REPORT, 0.5)
+        said.step(step, REPORT, 0.5, learning_rate=step * 1e-3, gradient_norm=0.5)
         if step == 2:
             now[0] += 60  # an evaluation
     first, second = capsys.readouterr().out.splitlines()
     for line in (first, second):
         assert "200 tokens/s" in line
-        assert "8 MFLOP/s executed, 12 MFLOP/s nominal" in line
+        assert "8 MFLOP/s executed, 12 MFLOP/s nominal (67%)" in line
+        assert "gradient 0.5" in line
+    assert "lr 4.00e-03" in second
     # What is left is told by the clock: there will be evaluations again.
     assert re.search(r"1:02 left$", second)
+
+
+def test_what_takes_long_is_said_and_what_is_quick_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with announced("reading data", after=0.0):
+        time.sleep(0.2)
+    with announced("checking"), announced("a rank", speak=False, after=0.0):
+        time.sleep(0.01)
+    assert capsys.readouterr().out == "reading data …\n"
 
 
 @pytest.mark.parametrize("task", [LanguageModelTask, DiffusionTask])

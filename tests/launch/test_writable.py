@@ -48,3 +48,10 @@ def test_a_path_that_cannot_be_looked_at_is_refused(tmp_path: Path) -> None:
 def test_files_that_cannot_be_written_are_refused(path: str, rule: str) -> None:
     with pytest.raises(BadInput, match=f"--json={path}: .*{rule}"):
         check_file("--json", path)
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for path in ("gone", "gone/run"):
+        with pytest.raises(BadInput, match=r"gone is a link to nothing"):
+            check_folder("output", tmp_path / path)

@@ -47,6 +47,9 @@ from parallel.tensor import (
 )
 from parallel.vocab_cross_entropy import vocab_cross_entropy
 
+# Every layer is a tree of modules: a slip of the hand would build them for minutes.
+MOST_LAYERS = 2048
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -107,6 +110,8 @@ class DecoderConfig:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers={self.num_layers}: must be at most {MOST_LAYERS}")
         for name in ("head_dim", "ffn_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

@@ -95,6 +95,9 @@ class DiffusionConfig:
         for name in ("encoder_depth", "middle_depth", "decoder_depth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+            # Every layer is a tree of modules: a slip of the hand would build them for minutes.
+            if getattr(self, name) > 1024:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at most 1024")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"patch_size={self.patch_size}: must divide image_size={self.image_size}"
