@@ -18,11 +18,19 @@ def _draw(tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     draw = torch.Generator().manual_seed(tokens)
     logits = (4 * torch.randn(tokens, vocabulary, generator=draw)).to(dtype)
     if tokens > 2:
-        logits[1] -= 200  # a rank whose logits are all far below
+        logits[1] -= 200  # ranks whose logits are all far below those of the first
         logits[2, 0] += 30  # a loss close to nothing
     targets = torch.randint(vocabulary, (tokens,), generator=draw)
     targets[2:3] = 0
     return logits, targets, torch.randn(tokens, generator=draw)
+
+
+def _raise(logits: Tensor, ranks: int) -> None:
+    """Let one rank's logits of a token be far above the others': the first's, and the last's."""
+    width = logits.shape[1] // ranks
+    if len(logits) > 3:
+        logits[1, :width] += 200
+        logits[3, -width:] += 200
 
 
 def _split(
@@ -31,8 +39,7 @@ def _split(
     world = torch.distributed.get_world_size()
     mesh = Mesh.create(tensor=world)
     logits, targets, weights = _draw(tokens, vocabulary, dtype)
-    if tokens > 2:
-        logits[1, : vocabulary // world] += 200
+    _raise(logits, world)
     own = logits.chunk(world, 1)[mesh.tensor_rank].clone().requires_grad_()
     with Traffic() as traffic:
         losses = vocab_cross_entropy(own * 1, targets, mesh, overwrite=overwrite)
@@ -57,8 +64,7 @@ def test_losses_and_gradients_are_those_of_the_whole_vocabulary(
     tokens: int, vocabulary: int, ranks: int, dtype: torch.dtype, overwrite: bool
 ) -> None:
     logits, targets, weights = _draw(tokens, vocabulary, dtype)
-    if tokens > 2:
-        logits[1, : vocabulary // ranks] += 200
+    _raise(logits, ranks)
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="none")
     expected.backward(weights.double())

@@ -273,3 +273,29 @@ def test_random_numbers_of_a_row_do_not_depend_on_the_rows_around_it() -> None:
     assert (alone == row_generator(3, 17).standard_normal(4)).all()
     others = [row_generator(3, 18), row_generator(4, 17), row_generator(3, 17, stream=1)]
     assert all((alone != other.standard_normal(4)).all() for other in others)
+
+
+def resumed_and_not(tree: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Losses after a checkpoint: of the run that wrote it, and of one that goes on from it."""
+    config = from_mapping(tree)
+    loop = make_loop(config)
+    loop.step()
+    checkpoint = loop.save()
+    undisturbed = [loop.step().loss for _ in range(2)]
+    loop.engine.close()
+    loop = make_loop(config, read_state(checkpoint))
+    loop.load(checkpoint)
+    return undisturbed, [loop.step().loss for _ in range(2)]
+
+
+def test_random_draws_of_a_step_are_the_same_after_a_resume(folder: Path) -> None:
+    """Which tokens SkipLayer keeps is drawn: one token otherwise is another loss."""
+    skip = {"density": 0.5, "layers": [0, 1], "schedule": {"noise": 1.0}}
+    tree = tiny_config(
+        folder,
+        output=str(folder / "draws"),
+        model={"mixture_of_depths": None, "skip_layer": skip},
+        train={"micro_batch_size": 2, "move_within": 0},
+    )
+    for undisturbed, again in run_ranks(resumed_and_not, 1, tree, timeout=60):
+        assert again == undisturbed
