@@ -84,11 +84,6 @@ class Engine:
             optimizer = torch.optim.AdamW(
                 groups, lr=train.learning_rate, betas=(train.beta1, train.beta2), eps=train.eps
             )
-        self._group_settings = [
-            {"weight_decay": group["weight_decay"]}
-            | {"betas": (config.train.beta1, config.train.beta2), "eps": config.train.eps}
-            for group in groups
-        ]
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._engine, *_ = deepspeed.initialize(
             model=objective,
@@ -98,6 +93,11 @@ class Engine:
             mpu=mesh.mpu,
             dist_init_required=False,
         )
+        # Whoever made the optimizer, and before a checkpoint brings another run's.
+        self._group_settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self._engine.optimizer.param_groups
+        ]
         self._linked = self._saves_data = False
         self._gradient_norm: float | None = None
         self._watch_gradient_norm()
@@ -249,10 +249,11 @@ class Engine:
         if loaded is None:
             raise BadInput(f"{folder}: holds no engine state")
         # The checkpoint brings its own; this run's configuration rules.
-        for group, settings in zip(
-            self._engine.optimizer.param_groups, self._group_settings, strict=True
-        ):
+        optimizer = self._engine.optimizer
+        for group, settings in zip(optimizer.param_groups, self._group_settings, strict=True):
             group.update(settings)
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = self.config.train.gradient_clip
 
     def load_whole(self, state: WholeState, *, moments: bool = True) -> None:
         """Take whole weights and moments, from any ranks and ZeRO stage. Collective.

@@ -122,6 +122,9 @@ def check_continues(config: RunConfig, source: Path) -> None:
         raise BadInput(f"{error}; {advice}") from None
 
 
+_OF_ADAMW = ("train.beta1", "train.beta2", "train.eps")
+
+
 def changed_settings(config: RunConfig, source: Path) -> list[str]:
     """What a run computes with that the checkpoint it goes on from did not: "key: now, was then".
 
@@ -130,11 +133,13 @@ def changed_settings(config: RunConfig, source: Path) -> list[str]:
         source: a checkpoint from inside that phase.
     """
     now, then = (_flat(one.resolved()) for one in (config, load_saved(source)))
+    # An optimizer of section deepspeed has its own.
+    idle = _OF_ADAMW if "optimizer" in config.deepspeed else ()
     return [
         f"{key}: {now.get(key)}, was {then.get(key)}"
         for key in {**now, **then}
         if key.split(".")[0] in ("task", "model", "data", "train", "average", "deepspeed")
-        if now.get(key) != then.get(key)
+        if now.get(key) != then.get(key) and key not in idle
     ]
 
 
