@@ -21,27 +21,31 @@ _HOME = {
     "TokenLayout": "adaptive.routing.layout",
     "checkpoint": "adaptive.routing.recompute",
     "recompute_contexts": "adaptive.routing.recompute",
-    "AdaptiveComputationModule": "adaptive.blocks.adaptive_computation",
-    "MixtureOfDepths": "adaptive.blocks.mixture_of_depths",
+    "Method": "adaptive.blocks.protocol",
+    "RoutedBlock": "adaptive.blocks.protocol",
+    "register_method": "adaptive.blocks.method",
+    "start_step": "adaptive.routing.schedules",
     "MixtureOfDepthsAndExperts": "adaptive.blocks.mixture_of_depths_and_experts",
-    "MixtureOfExperts": "adaptive.blocks.mixture_of_experts",
-    "Pattention": "adaptive.blocks.pattention",
-    "SizedFeedForward": "adaptive.blocks.sized_feed_forward",
-    "SkipLayer": "adaptive.blocks.skip_layer",
-    "SparseDenseFusion": "adaptive.blocks.sprint",
     "TokenMerging": "adaptive.blocks.token_merging",
     "TokenMergingConfig": "adaptive.blocks.token_merging",
 }
 
-__all__ = sorted(_HOME)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'adaptive' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name == "__all__" or not name.startswith("_"):
+        # The public blocks of every method.
+        found = import_module("adaptive.blocks.method").METHODS
+        blocks = {block.__name__: block for method in found for block in method.blocks}
+        if name == "__all__":
+            return sorted({*_HOME, *blocks})
+        if name in blocks:
+            return blocks[name]
+    raise AttributeError(f"module 'adaptive' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return __getattr__("__all__")

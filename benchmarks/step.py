@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from adaptive import MixtureOfDepths, RoutingTape
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.flops import executed_flops, nominal_flops, planned_flops
 from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTransformer
 from adaptive.models.decoder.model import build_layer

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptive.blocks.protocol import RoutedBlock
 from adaptive.flops import planned_flops
 from adaptive.observe.metric_log import read_metrics
 from launch.checkpoint.files import find_checkpoint, load_model, read_state
@@ -206,9 +207,9 @@ def measure(run: Run) -> dict[str, Any]:
     ]
     model, config = load_model(folder)
     task = make_task(config)
-    routed = [module for module in model.modules() if hasattr(module, "causal")]
+    routed = [module for module in model.modules() if isinstance(module, RoutedBlock)]
     for module in routed:
-        module.causal = False  # type: ignore[assignment]
+        module.causal = False
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,7 @@ def micro_batch_demand(
     passes = weight_passes(weights, size=size)
     demand = Demand(products / ranks, attention / ranks, passes)
     head = _head_width(config)
-    experts = config.mixture_of_experts
+    copies = sum(method.expert_axis[1] for method in config.methods)
     for share in _shares(config):
         shape = LayerShape(
             config.dim,
@@ -153,7 +154,7 @@ def micro_batch_demand(
             head,
             _ffn_rows(config),
             share,
-            0 if experts is None else experts.top_k,
+            copies,
         )
         layer = Demand(
             passes=layer_passes(shape, tokens, mesh, size=size),
@@ -229,7 +230,8 @@ def activation_numbers(config: DecoderConfig, mesh: Mesh, tokens: int) -> float:
 def candidates(config: RunConfig, gpus: int) -> Iterator[Mesh]:
     """Every mesh of powers of two that the model's sizes allow."""
     model = config.model
-    experts, way = model.mixture_of_experts, config.parallel.context_attention
+    experts = [method.expert_axis[0] for method in model.methods if method.expert_axis[0]]
+    way = config.parallel.context_attention
     powers = [1 << n for n in range(gpus.bit_length())]
     for tensor in (n for n in powers if n <= 8 and model.kv_heads % n == 0):
         for context in powers:
@@ -237,8 +239,8 @@ def candidates(config: RunConfig, gpus: int) -> Iterator[Mesh]:
                 continue
             if way == "ulysses" and model.num_heads // tensor % context:
                 continue
-            for expert in powers if experts is not None else [1]:
-                if experts is not None and experts.num_experts % expert:
+            for expert in powers if experts else [1]:
+                if any(number % expert for number in experts):
                     continue
                 try:
                     axes = {"tensor": tensor, "context": context, "expert": expert}
@@ -326,12 +328,9 @@ def _mesh(gpus: int, given: Mapping[str, Any]) -> Mesh:
 
 def _shares(config: DecoderConfig) -> list[float]:
     """Share of the tokens that each layer computes."""
-    layers = config.num_layers
-    if config.mixture_of_depths is not None:
-        return config.mixture_of_depths.capacities(layers)
-    if config.skip_layer is not None:
-        return config.skip_layer.densities(layers)
-    return [1.0] * layers
+    count = config.num_layers
+    around = [method for method in config.methods if method.place == "layer"]
+    return [math.prod(m.share(layer, count) for m in around) for layer in range(count)]
 
 
 def _head_width(config: DecoderConfig) -> int:
@@ -339,11 +338,10 @@ def _head_width(config: DecoderConfig) -> int:
 
 
 def _ffn_rows(config: DecoderConfig) -> int:
-    experts = config.mixture_of_experts
-    if experts is None:
-        return config.ffn_width
-    width = config.ffn_width if experts.ffn_dim is None else experts.ffn_dim
-    return width * (experts.top_k + experts.shared_experts)
+    rows = config.ffn_width
+    for method in config.methods:
+        rows = method.ffn_rows(rows)
+    return rows
 
 
 def _state_bytes(dense: int, experts: int, mesh: Mesh, stage: int, *, mixed: bool) -> float:

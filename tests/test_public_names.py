@@ -19,7 +19,9 @@ from adaptive import (
 )
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.growth import grow
-from adaptive.models import Decoder, DiffusionTransformer
+from adaptive.models import DiffusionTransformer
+from adaptive.models.weights.sprint import from_sprint_state_dict
+from adaptive.models.weights.tokenformer import from_tokenformer_state_dict
 from parallel.mesh import Mesh
 from parallel.parity import check_parity
 
@@ -58,8 +60,8 @@ SIGNATURES: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
     ),
     (SparseDenseFusion, ["encoder", "middle", "decoder", "dim"], {"path_drop": 0.1}),
     (MixtureOfExperts.from_mixtral_state_dict, ["weights"], {}),
-    (Decoder.from_tokenformer_state_dict, ["weights"], {}),
-    (DiffusionTransformer.from_sprint_state_dict, ["weights"], {}),
+    (from_tokenformer_state_dict, ["weights"], {}),
+    (from_sprint_state_dict, ["weights"], {}),
     (
         Mesh.create,
         [],

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adaptive.blocks.mixture_of_depths import MixtureOfDepths
+from adaptive.blocks.protocol import RoutedBlock
 from adaptive.routing.tape import RoutingTape
 from parallel.mesh import Mesh
 from parallel.rows import all_gather_rows
@@ -27,15 +27,15 @@ from parallel.rows import all_gather_rows
 def calibrate(
     model: nn.Module, batches: Iterable[Any], *, forward: Callable[[Any], object] | None = None
 ) -> dict[str, float]:
-    """Set every `MixtureOfDepths.threshold` to the (1 - capacity) quantile of its causal logits.
+    """Set the `threshold` of routed blocks to the (1 - capacity) quantile of their causal logits.
 
     Layers are calibrated from the first to the last, each on hidden states that the thresholds of
     those before it gave: what sampling will see. That is one pass over the batches for each routed
     layer.
 
     Args:
-        model: with MixtureOfDepths layers; those that do not choose causally are left alone. It is
-            evaluated, and its mode restored.
+        model: whose blocks with something that `decides` are calibrated (MixtureOfDepths that
+            choose causally). It is evaluated, and its mode restored.
         batches: representative inputs, gone through several times: a list, not a generator. Every
             rank must be given the same ones, or thresholds would differ.
         forward: what to do with a batch; by default `model(batch)`.
@@ -52,10 +52,10 @@ def calibrate(
     if not batches:
         raise ValueError("batches=[]: must have at least one")
     forward = model if forward is None else forward
-    routed = {
+    routed: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, MixtureOfDepths) and module.causal
+        if isinstance(module, RoutedBlock) and module.decides is not None
     }
     training = model.training
     model.eval()
@@ -71,11 +71,10 @@ def calibrate(
     return {name: float(module.threshold) for name, module in routed.items()}
 
 
-def _causal_logits(module: MixtureOfDepths, forward: Callable[[Any], object], batch: Any) -> Tensor:
+def _causal_logits(module: Any, forward: Callable[[Any], object], batch: Any) -> Tensor:
     """What decides for each valid token of a batch, float [T]."""
     logits: list[Tensor] = []
     masks: list[Tensor | None] = []
-    decides = module.router if module.predictor is None else module.predictor
     with ExitStack() as hooks:
         hooks.callback(
             module.register_forward_pre_hook(
@@ -83,7 +82,9 @@ def _causal_logits(module: MixtureOfDepths, forward: Callable[[Any], object], ba
             ).remove
         )
         hooks.callback(
-            decides.register_forward_hook(lambda _, __, out: logits.append(out.flatten())).remove
+            module.decides.register_forward_hook(
+                lambda _, __, out: logits.append(out.flatten())
+            ).remove
         )
         hooks.enter_context(RoutingTape())
         forward(batch)

@@ -11,6 +11,7 @@ Published files have one tensor an expert: `experts.{e}.w1` (gate), `w3` (up) an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +74,15 @@ def load_mixtral_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> Non
             parameter.copy_(slice_)
 
 
-def mixtral_weights(block: nn.Module) -> dict[str, Tensor]:
-    """A block's weights under Mixtral's names, detached.
+def mixtral_weights(block: Any) -> dict[str, Tensor]:
+    """The weights of a MixtureOfExperts under Mixtral's names, detached.
 
     Raises:
-        ValueError: if it has other parameters, or this rank holds only a part of them.
+        ValueError: if it weighs experts otherwise or has other parameters, or this rank holds only
+            a part of them.
     """
+    if block.gate != "softmax" or not block.renormalize:
+        raise ValueError("a Mixtral layer renormalises the softmax of its scores; this does not")
     own, mesh = dict(block.named_parameters()), _mesh(block)
     others = sorted(set(own) ^ set(_NAMES.values()))
     if others:

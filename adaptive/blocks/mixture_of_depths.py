@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.protocol import LayerContext, Method, RoutedBlock
 from adaptive.blocks.wrapping import flatten_tokens, refuse_cache, run_block, without_padding
 from adaptive.ops.exact_buffers import ExactBuffers
 from adaptive.ops.flop_counter import FlopCounter, Work
@@ -49,7 +50,7 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MixtureOfDepths(ExactBuffers):
+class MixtureOfDepths(ExactBuffers, RoutedBlock):
     """Routes a share of every sequence's tokens through `block`; the others skip it.
 
     `out_i = h_i + w(r_i) · f_i(h̃)` for the chosen tokens, where `r = router(h)`, `h̃` are the
@@ -169,6 +170,12 @@ class MixtureOfDepths(ExactBuffers):
             [R, D], the updated tokens, residual included.
         """
         return run_block(self.block, packed_RD, selection.layout, **kwargs)
+
+    @property
+    def decides(self) -> nn.Module | None:
+        if not self.causal:
+            return None
+        return self.router if self.predictor is None else self.predictor
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """Router and predictor for all tokens, the block for the chosen ones among themselves."""
@@ -320,7 +327,7 @@ class CapacityAnnealing:
 
 
 @dataclass(frozen=True)
-class MixtureOfDepthsConfig:
+class MixtureOfDepthsConfig(Method):
     """Which layers of a decoder are routed, and how.
 
     Attributes:
@@ -331,7 +338,11 @@ class MixtureOfDepthsConfig:
         anneal_steps: steps in which every routed layer's capacity falls from 1 to its own; 0: none.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    name = "mixture_of_depths"
+    place = "layer"
+    blocks = (MixtureOfDepths,)
+    excludes = ("skip_layer",)
+    sees_every_token = False
 
     capacity: float = 0.125
     schedule: DepthSchedule | list[int] = "every_other"
@@ -363,22 +374,19 @@ class MixtureOfDepthsConfig:
             dense_above=self.dense_above,
         )
 
-    def wrap(
-        self, block: nn.Module, *, layer: int, num_layers: int, dim: int, mesh: Mesh | None = None
-    ) -> nn.Module:
-        """The block itself where the layer is dense, else the block routed."""
-        capacity = self.capacities(num_layers)[layer]
-        if capacity == 1:
-            return block
+    def share(self, layer: int, num_layers: int) -> float:
+        return self.capacities(num_layers)[layer]
+
+    def routed_layers(self, num_layers: int) -> list[int]:
+        return [n for n, capacity in enumerate(self.capacities(num_layers)) if capacity < 1]
+
+    def build(self, context: LayerContext, inner: nn.Module) -> MixtureOfDepths:
+        """The layer, routed."""
+        capacity = self.share(context.layer, context.num_layers)
+        of_layers = ("capacity", "schedule", "floor", "dense_above", "anneal_steps")
+        options = self.options(without=of_layers)
         routed = MixtureOfDepths(
-            block,
-            dim,
-            capacity=capacity,
-            weight=self.weight,
-            predictor=self.predictor,
-            predictor_coefficient=self.predictor_coefficient,
-            choice=self.choice,
-            mesh=mesh,
+            inner, context.dim, capacity=capacity, mesh=context.mesh, **options
         )
         if self.anneal_steps:
             routed.annealing = CapacityAnnealing(capacity, self.anneal_steps)

@@ -11,39 +11,11 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths
-from adaptive.blocks.mixture_of_experts import MixtureOfExperts
+from adaptive.blocks.mixture_of_experts import ExpertsWithIdle, MixtureOfExperts
 from adaptive.routing.layout import TokenLayout
 from parallel.mesh import Mesh
 
 Variant = Literal["integrated", "staged"]
-
-
-class ExpertsWithIdle(MixtureOfExperts):
-    """A mixture of experts some of which do nothing: their share of a token is the residual.
-
-    A token that chooses an idle expert computes that much less. Idle experts are the last units of
-    the router and take part in balancing; they hold no weights, and nobody sends them rows.
-
-    Args:
-        dim, ffn_dim, num_experts: as of MixtureOfExperts; `num_experts` are those that compute.
-        idle_experts: how many do nothing.
-        options: those of MixtureOfExperts. A router given must score
-            `num_experts + idle_experts` units. Expert choice has no idle experts.
-
-    Source: Mixture-of-Depths, arXiv 2404.02258, section 4.5 (integrated MoDE).
-    """
-
-    kind = "mixture_of_depths_and_experts"
-
-    def __init__(
-        self, dim: int, ffn_dim: int, num_experts: int, *, idle_experts: int = 1, **options: Any
-    ) -> None:
-        if idle_experts < 1:
-            raise ValueError(f"idle_experts={idle_experts}: must be at least 1")
-        if options.get("choice", "token") != "token":
-            raise ValueError("choice=expert: idle experts are for tokens to choose")
-        self.num_idle = idle_experts
-        super().__init__(dim, ffn_dim, num_experts, **options)
 
 
 class MixtureOfDepthsAndExperts(nn.Module):

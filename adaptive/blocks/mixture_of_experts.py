@@ -7,33 +7,38 @@ N taken (token, expert) pairs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from adaptive.blocks.expert_records import (
-    balanced_distribution,
-    expert_losses,
-    expert_record,
-)
 from adaptive.blocks.experts import Experts
 from adaptive.blocks.mixtral_weights import load_mixtral_weights, mixtral_sizes, mixtral_weights
+from adaptive.blocks.protocol import LayerContext, MakeFeedForward, Method, RoutedBlock
 from adaptive.blocks.wrapping import without_padding
-from adaptive.ops.expert_feed_forward import Activation
+from adaptive.ops.expert_feed_forward import Activation, check_activation
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.permute import permute, unpermute
 from adaptive.ops.ranking import count_by_unit
 from adaptive.routing.assignment import Assignment
-from adaptive.routing.balance import ExpertBias
+from adaptive.routing.balance import ExpertBias, load_balancing_loss
 from adaptive.routing.collapse import collapse_statistics
-from adaptive.routing.hyperspherical import Gate
+from adaptive.routing.hyperspherical import Gate, HypersphericalRouter
 from adaptive.routing.layout import TokenLayout, valid_tokens
+from adaptive.routing.losses import z_loss
 from adaptive.routing.recompute import decide, recomputing
 from adaptive.routing.routers import LinearRouter, jittered
-from adaptive.routing.tape import RoutingTape, current_tape
+from adaptive.routing.schedules import listed_layers
+from adaptive.routing.scope import BatchScope
+from adaptive.routing.tape import (
+    AuxiliaryLoss,
+    RoutingRecord,
+    RoutingTape,
+    current_tape,
+    masked_mean,
+)
 from adaptive.routing.token_choice import (
     ExpertGroups,
     check_expert_choice,
@@ -47,9 +52,11 @@ from parallel.rows import gather_over_shards
 from parallel.tensor import enter_tensor_region, leave_tensor_region
 
 ExpertsChoice = Literal["token", "expert"]
+RouterKind = Literal["linear", "hyperspherical"]
+PAPER_TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(RoutedBlock):
     """A feed-forward of many experts, of which each token uses `top_k`. No residual.
 
     `out = Σ_k weight_k · expert_k(x)` over the chosen experts: those with the highest scores, where
@@ -320,23 +327,63 @@ class MixtureOfExperts(nn.Module):
             count = partial(self.expert_bias.count, total[:-1] / micro_batches)
             count() if tape is None else tape.when_done(count)
         if tape is not None:
-            probabilities_TE = scores_TE
-            if self.gate != "softmax" or hasattr(self.router, "balance_logits"):
-                probabilities_TE = balanced_distribution(self.router, logits_TE)
-            losses = expert_losses(
-                logits_TE,
-                probabilities_TE,
-                total,
-                valid_T,
-                balance_coefficient=self.balance_coefficient if self.choice == "token" else 0.0,
-                z_coefficient=self.z_coefficient,
-            )
-            record = expert_record(
-                self.kind, probabilities_TE, assignment, valid_T, load_E[: self.num_experts]
-            )
+            probabilities_TE = self._balanced(logits_TE, scores_TE)
+            losses = self._losses(logits_TE, probabilities_TE, total, valid_T)
+            record = self._record(probabilities_TE, assignment, valid_T, load_E[: self.num_experts])
             if self.measures_collapse:
                 record.statistics = collapse_statistics(hidden_TD, assignment, self.router, valid_T)
             tape.record(self, record, losses)
+
+    def _balanced(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """float32 [T, E]: the distribution that the balance loss spreads, softmax of the logits."""
+        balance_logits = getattr(self.router, "balance_logits", None)
+        if self.gate == "softmax" and balance_logits is None:
+            return scores_TE
+        balance_TE = logits_TE if balance_logits is None else balance_logits(logits_TE)
+        return balance_TE.softmax(-1, dtype=torch.promote_types(balance_TE.dtype, torch.float32))
+
+    def _losses(
+        self, logits_TE: Tensor, probabilities_TE: Tensor, total: Tensor, valid_T: Tensor | None
+    ) -> dict[str, AuxiliaryLoss]:
+        """This rank's shares of the losses. `total` [units + 1]: global choices, valid tokens."""
+        # Inside a depth-routed block fewer tokens reach this router than the batch has.
+        reached = BatchScope(tokens=total[-1])
+        losses = {}
+        if self.balance_coefficient and self.choice == "token":
+            share = load_balancing_loss(probabilities_TE, total[:-1], valid_T, reached)
+            losses["load_balancing"] = AuxiliaryLoss(share, self.balance_coefficient)
+        if self.z_coefficient:
+            share = z_loss(logits_TE, valid_T, reached)
+            losses["z"] = AuxiliaryLoss(share, self.z_coefficient)
+        return losses
+
+    @torch.no_grad()
+    def _record(
+        self,
+        probabilities_TE: Tensor,
+        assignment: Assignment,
+        valid_T: Tensor | None,
+        load_E: Tensor,
+    ) -> RoutingRecord:
+        """What became of this rank's tokens. `load_E` is of the experts that compute."""
+        assert assignment.weights is not None
+        weights_N = assignment.weights.flatten()[assignment.pairs]
+        taken, wanted = assignment.pairs.shape[0], assignment.wanted_per_expert.sum()
+        return RoutingRecord(
+            name="",
+            kind=self.kind,
+            tokens=probabilities_TE.shape[0] if valid_T is None else valid_T.sum(),
+            executed=taken,
+            load=load_E,
+            choices=probabilities_TE.shape[1],
+            entropy=masked_mean(torch.special.entr(probabilities_TE).sum(-1), valid_T),
+            dropped=1 - taken / wanted.clamp(min=1),
+            dead_units=(load_E == 0).sum(),
+            weight_mean=masked_mean(weights_N, None),
+            weight_std=weights_N.float().std(correction=0) if taken else None,
+            weights=weights_N,
+            chosen=assignment.expert_index,
+        )
 
     def _total(self, tape: RoutingTape | None, counts: Tensor) -> Tensor:
         """Counts of the global batch. A collective: every rank calls it."""
@@ -353,18 +400,13 @@ class MixtureOfExperts(nn.Module):
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """Products of the router, the chosen experts and the shared ones, see FlopCounter."""
-        planned = work.times(self._planned_experts())
+        factor = self.capacity_factor if self.choice == "expert" else None
+        planned = work.times(self.top_k * (1 if factor is None else factor))
         chosen = count.chosen(self, planned=planned, dense=planned)
         count.routing(self.router, work)
         self.experts.count_flops(count, chosen)
         if self.shared is not None:
             self.shared.count_flops(count, work)
-
-    def _planned_experts(self) -> float:
-        if self.choice == "expert":
-            assert self.capacity_factor is not None
-            return self.capacity_factor * self.top_k
-        return self.top_k
 
     @classmethod
     def from_mixtral_state_dict(
@@ -389,8 +431,170 @@ class MixtureOfExperts(nn.Module):
         Raises:
             ValueError: if the block is no Mixtral layer, or this rank holds only a part of it.
         """
-        if self.gate != "softmax" or not self.renormalize:
-            raise ValueError(
-                "a Mixtral layer renormalises the softmax of its scores; this does not"
-            )
         return mixtral_weights(self)
+
+
+class ExpertsWithIdle(MixtureOfExperts):
+    """A mixture of experts some of which do nothing: their share of a token is the residual.
+
+    A token that chooses an idle expert computes that much less. Idle experts are the last units of
+    the router and take part in balancing; they hold no weights, and nobody sends them rows.
+
+    Args:
+        dim, ffn_dim, num_experts: as of MixtureOfExperts; `num_experts` are those that compute.
+        idle_experts: how many do nothing.
+        options: those of MixtureOfExperts. A router given must score
+            `num_experts + idle_experts` units. Expert choice has no idle experts.
+
+    Source: Mixture-of-Depths, arXiv 2404.02258, section 4.5 (integrated MoDE).
+    """
+
+    kind = "mixture_of_depths_and_experts"
+
+    def __init__(
+        self, dim: int, ffn_dim: int, num_experts: int, *, idle_experts: int = 1, **options: Any
+    ) -> None:
+        if idle_experts < 1:
+            raise ValueError(f"idle_experts={idle_experts}: must be at least 1")
+        if options.get("choice", "token") != "token":
+            raise ValueError("choice=expert: idle experts are for tokens to choose")
+        self.num_idle = idle_experts
+        super().__init__(dim, ffn_dim, num_experts, **options)
+
+
+@dataclass(frozen=True)
+class MixtureOfExpertsConfig(Method):
+    """Which layers of a decoder have experts in place of their feed-forward, and how.
+
+    Attributes:
+        schedule: "all", a number n (layers n-1, 2n-1, …), or a list of layers.
+        ffn_dim: width of one expert; None: the decoder's.
+        router: "linear" or "hyperspherical".
+        projection_dim, temperature: of the hyperspherical router; None: the paper's.
+        idle_experts: experts that do nothing beside the others (integrated MoDE).
+        num_groups, chosen_groups: above 1 group, a token's experts come from so many of them.
+        num_experts, top_k, gate, capacity_factor, activation, renormalize, choice, jitter,
+        balance_coefficient, z_coefficient, bias_rate, shared_experts, freeze_router,
+        freeze_experts: see `MixtureOfExperts`.
+    """
+
+    name = "mixture_of_experts"
+    place = "feed_forward"
+    blocks = (MixtureOfExperts,)
+
+    num_experts: int = 8
+    top_k: int = 2
+    schedule: Literal["all"] | int | list[int] = "all"
+    ffn_dim: int | None = None
+    router: RouterKind = "linear"
+    projection_dim: int | None = None
+    temperature: float | None = None
+    gate: Gate = "softmax"
+    capacity_factor: float | None = None
+    activation: Activation = "swiglu"
+    renormalize: bool | None = None
+    choice: ExpertsChoice = "token"
+    num_groups: int = 1
+    chosen_groups: int = 1
+    idle_experts: int = 0
+    jitter: float = 0.0
+    balance_coefficient: float = 0.01
+    z_coefficient: float = 0.0
+    bias_rate: float = 0.0
+    shared_experts: int = 0
+    freeze_router: bool = False
+    freeze_experts: bool = False
+
+    def __post_init__(self) -> None:
+        # Building a tiny block checks every rule in the one place that has it.
+        if self.router not in get_args(RouterKind):
+            raise ValueError(f"router={self.router!r}: must be linear or hyperspherical")
+        if self.ffn_dim is not None and self.ffn_dim < 1:
+            raise ValueError(f"ffn_dim={self.ffn_dim}: must be at least 1")
+        if self.idle_experts < 0:
+            raise ValueError(f"idle_experts={self.idle_experts}: must be 0 or more")
+        for name in ("balance_coefficient", "z_coefficient", "bias_rate"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if isinstance(self.schedule, int) and self.schedule < 1:
+            raise ValueError(f"schedule={self.schedule}: must be at least 1")
+        check_activation(self.activation)
+        with torch.device("meta"):
+            self.feed_forward(1, ffn_dim=1)
+
+    def routed_layers(self, num_layers: int) -> list[int]:
+        """The layers that have experts.
+
+        Raises:
+            ValueError: if a listed layer does not exist, or no layer has experts.
+        """
+        if self.schedule == "all":
+            return list(range(num_layers))
+        if isinstance(self.schedule, int):
+            if self.schedule > num_layers:
+                raise ValueError(
+                    f"schedule={self.schedule}: must be at most {num_layers}, the layers"
+                )
+            return list(range(self.schedule - 1, num_layers, self.schedule))
+        return listed_layers(self.schedule, num_layers, key="schedule")
+
+    def feed_forward(
+        self,
+        dim: int,
+        *,
+        ffn_dim: int,
+        std: float = 0.02,
+        output_std: float | None = None,
+        mesh: Mesh | None = None,
+    ) -> nn.Module:
+        """The experts of one layer. `ffn_dim` is the decoder's, `std`s those of its weights."""
+        units = self.num_experts + self.idle_experts
+        of_router = ("router", "projection_dim", "temperature", "num_groups", "chosen_groups")
+        options = self.options(
+            without=("num_experts", "schedule", "ffn_dim", "idle_experts", *of_router)
+        )
+        if self.idle_experts:
+            options["idle_experts"] = self.idle_experts
+        if self.num_groups != 1 or self.chosen_groups != 1:
+            options["groups"] = ExpertGroups(self.num_groups, self.chosen_groups)
+        make = ExpertsWithIdle if self.idle_experts else MixtureOfExperts
+        return make(
+            dim,
+            ffn_dim if self.ffn_dim is None else self.ffn_dim,
+            self.num_experts,
+            router=self._router(dim, units, std, mesh),
+            std=std,
+            output_std=output_std,
+            mesh=mesh,
+            **options,
+        )
+
+    def build(self, context: LayerContext, inner: MakeFeedForward) -> nn.Module:
+        return self.feed_forward(
+            context.dim,
+            ffn_dim=context.ffn_dim,
+            std=context.std,
+            output_std=context.output_std,
+            mesh=context.mesh,
+        )
+
+    def ffn_rows(self, ffn_dim: int) -> int:
+        width = ffn_dim if self.ffn_dim is None else self.ffn_dim
+        return width * (self.top_k + self.shared_experts)
+
+    @property
+    def expert_axis(self) -> tuple[int, int]:
+        return self.num_experts, self.top_k
+
+    def _router(self, dim: int, units: int, std: float, mesh: Mesh | None) -> nn.Module:
+        if self.router == "linear":
+            return LinearRouter(dim, units, std=std, mesh=mesh)
+        temperature = self.temperature
+        return HypersphericalRouter(
+            dim,
+            units,
+            projection_dim=self.projection_dim,
+            temperature=PAPER_TEMPERATURE[self.gate] if temperature is None else temperature,
+            gate=self.gate,
+            mesh=mesh,
+        )

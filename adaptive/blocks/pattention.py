@@ -6,15 +6,15 @@ Shape legend: B batch, S sequence, T tokens, N parameter tokens, n those of this
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.protocol import LayerContext, Linears, Method
 from adaptive.ops.exact_buffers import ExactBuffers
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.parameter_attention import parameter_attention
@@ -254,7 +254,7 @@ def check_growable(activation: str) -> None:
 
 
 @dataclass(frozen=True)
-class PattentionConfig:
+class PattentionConfig(Method):
     """A decoder whose attention projections and feed-forward are Pattention (TokenFormer).
 
     Attributes:
@@ -266,7 +266,9 @@ class PattentionConfig:
             in the feed-forward; None: all.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    name = "pattention"
+    place = "linear"
+    blocks = (Pattention,)
 
     tokens: int = 256
     ffn_tokens: int = 1024
@@ -290,23 +292,24 @@ class PattentionConfig:
                 raise ValueError(f"{name}={value}: must be between 1 and {limit}")
         _check_options(self.activation, self.dropout, self.split)
 
-    def make_input(self, *, mesh: Mesh, std: float) -> Callable[[int, int], Pattention]:
-        """(in, out) -> a query, key or value projection."""
-        return partial(
-            self._make, Pattention, self.tokens, self.top_k, role="input", mesh=mesh, std=std
+    def build(self, context: LayerContext, inner: Linears) -> Linears:
+        """Projections and feed-forwards of parameter tokens; `ffn_dim` has no effect on them."""
+        outputs = self.tokens if self.output_tokens is None else self.output_tokens
+        make = partial(self._make, Pattention, mesh=context.mesh)
+        feed_forward = partial(
+            self._make,
+            PattentionFeedForward,
+            self.ffn_tokens,
+            self.ffn_top_k,
+            context.dim,
+            context.dim,
+            mesh=context.mesh,
+            std=context.output_std,
         )
-
-    def make_output(self, *, mesh: Mesh, std: float) -> Callable[[int, int], Pattention]:
-        """(in, out) -> an output projection."""
-        tokens = self.tokens if self.output_tokens is None else self.output_tokens
-        return partial(
-            self._make, Pattention, tokens, self.top_k, role="output", mesh=mesh, std=std
-        )
-
-    def feed_forward(self, dim: int, *, mesh: Mesh, std: float) -> PattentionFeedForward:
-        """The feed-forward of a layer of width `dim`."""
-        return self._make(
-            PattentionFeedForward, self.ffn_tokens, self.ffn_top_k, dim, dim, mesh=mesh, std=std
+        return Linears(
+            partial(make, self.tokens, self.top_k, role="input", std=context.std),
+            partial(make, outputs, self.top_k, role="output", std=context.output_std),
+            lambda _: feed_forward(),
         )
 
     def _make(

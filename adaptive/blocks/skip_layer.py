@@ -5,13 +5,16 @@ Shape legend: B batch, S sequence, T valid tokens, R executing tokens, D width.
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.protocol import LayerContext, Method, RoutedBlock
 from adaptive.blocks.wrapping import flatten_tokens, refuse_cache, run_block
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import combine, pack
@@ -27,6 +30,7 @@ from adaptive.routing.gumbel import (
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.recompute import decide
 from adaptive.routing.routers import LinearRouter
+from adaptive.routing.schedules import DepthSchedule, capacities_over_depth
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.selection import Selection
 from adaptive.routing.tape import RoutingRecord, RoutingTape, current_tape, masked_mean
@@ -49,7 +53,7 @@ class SkipDecision(NamedTuple):
     noise: Tensor
 
 
-class SkipLayer(nn.Module):
+class SkipLayer(RoutedBlock):
     """Runs `block` for the tokens whose router says so; the others leave bit for bit as they came.
 
     `out = (1 - g) h + g · block(h)` with `g` in {0, 1}: in training a straight-through
@@ -331,6 +335,69 @@ class SkipLayer(nn.Module):
             chosen=chosen,
         )
         tape.record(self, record, losses)
+
+
+@dataclass(frozen=True)
+class SkipLayerConfig(Method):
+    """Which layers of a decoder may be skipped, and how.
+
+    Attributes:
+        density: target share of executing tokens in these layers.
+        layers: "all", "every_other" (layers 1, 3, 5, …), or a list of layers; "linear" and
+            "cosine" let the target fall over depth (see `capacities_over_depth`).
+        floor, dense_above: of the falling targets.
+        keys, granularity, skipped_gradient, density_coefficient, density_over, controller_gain,
+            schedule: see `SkipLayer`. A target over the model wants equal `layers` targets.
+    """
+
+    name = "skip_layer"
+    place = "layer"
+    blocks = (SkipLayer,)
+    excludes = ("mixture_of_depths",)
+    sees_every_token = False
+
+    density: float = 0.5
+    layers: DepthSchedule | list[int] = "all"
+    floor: float | None = None
+    dense_above: float = 0.85
+    keys: Keys = "all"
+    granularity: Granularity = "block"
+    skipped_gradient: SkippedGradient = "masked"
+    density_coefficient: float = 0.1
+    density_over: Target = "layer"
+    controller_gain: float = 0.0
+    schedule: GumbelSchedule = field(default_factory=GumbelSchedule)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density}: must be in (0, 1]")
+        for name in ("density_coefficient", "controller_gain"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}={value}: must be 0 or more")
+
+    def densities(self, num_layers: int) -> list[float]:
+        """The target of every layer; 1.0 where it always runs."""
+        return capacities_over_depth(
+            num_layers,
+            capacity=self.density,
+            schedule=self.layers,
+            floor=self.floor,
+            dense_above=self.dense_above,
+            key="layers",
+        )
+
+    def share(self, layer: int, num_layers: int) -> float:
+        return self.densities(num_layers)[layer]
+
+    def routed_layers(self, num_layers: int) -> list[int]:
+        return [n for n, density in enumerate(self.densities(num_layers)) if density < 1]
+
+    def build(self, context: LayerContext, inner: nn.Module) -> SkipLayer:
+        """The layer, which may be skipped."""
+        density = self.share(context.layer, context.num_layers)
+        options = self.options(without=("density", "layers", "floor", "dense_above"))
+        return SkipLayer(inner, context.dim, density=density, mesh=context.mesh, **options)
 
 
 _PARTS = ("attention_norm", "attention", "ffn_norm", "ffn")

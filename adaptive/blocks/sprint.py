@@ -5,14 +5,16 @@ Shape legend: B batch, S sequence, T tokens, R kept tokens, K kept per sequence,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from adaptive.blocks.path_fusion import MaskToken, PathFusion
+from adaptive.blocks.protocol import Method, RoutedBlock, SequenceContext
 from adaptive.blocks.wrapping import flatten_tokens, run_block
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import pack
@@ -34,7 +36,7 @@ from parallel.rows import even_shards
 Paths = Literal["both", "sparse", "dense"]
 
 
-class SparseDenseFusion(nn.Module):
+class SparseDenseFusion(RoutedBlock):
     """`decoder(fuse(restore(middle(kept tokens)), encoder(all tokens)))`.
 
     The encoder f and the decoder h run on every token, the middle g on the kept ones. g's output
@@ -348,3 +350,45 @@ class SparseDenseFusion(nn.Module):
             chosen=None if selection is None else selection.mask(rows),
         )
         tape.record(self, record)
+
+
+@dataclass(frozen=True)
+class SparseDenseFusionConfig(Method):
+    """Which tokens the middle of a network computes (SPRINT).
+
+    Attributes:
+        keep, keeping, path_drop, mask_token, paths: see `SparseDenseFusion`.
+    """
+
+    name = "sparse_dense_fusion"
+    place = "sequence"
+    blocks = (SparseDenseFusion,)
+    sees_every_token = False
+
+    keep: float = 0.25
+    keeping: Keeping = "structured"
+    path_drop: float = 0.1
+    mask_token: MaskToken = "fixed"
+    paths: Paths = "both"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.path_drop <= 1:
+            raise ValueError(f"path_drop={self.path_drop}: must be in [0, 1]")
+
+    def build(
+        self,
+        context: SequenceContext,
+        inner: tuple[Iterable[nn.Module], Iterable[nn.Module], Iterable[nn.Module]],
+        *,
+        block: Callable[..., SparseDenseFusion] = SparseDenseFusion,
+    ) -> SparseDenseFusion:
+        """The layers of encoder, middle and decoder as one network; `block` may be a subclass."""
+        return block(
+            *inner,
+            context.dim,
+            grid=context.grid,
+            per_sequence=context.per_sequence,
+            recompute=context.recompute,
+            mesh=context.mesh,
+            **self.options(),
+        )

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from adaptive.blocks.protocol import RoutedBlock
 from adaptive.flops import FlopCounter, Work, executed_flops
 from adaptive.observe.alarms import Alarm, AlarmLimits, Alarms
 from adaptive.observe.metric_log import MetricLog
@@ -137,21 +138,25 @@ class Monitor:
     def histograms(self, step: int, records: Sequence[RoutingRecord]) -> None:
         """Write how router weights are distributed in some records of this rank, and pictures.
 
-        Pictures: the load of experts, of all ranks' tokens in the last window; where the model
-        works on images (its configuration has a `grid`), the patches that were kept.
+        Pictures: the load of experts, of all ranks' tokens in the last window; where a
+        block's tokens are patches of images (its `grid`), those that were kept.
         """
         if self._log is None:
             return
         if self._training.loads:
             loads = {name: torch.tensor(load) for name, load in self._training.loads.items()}
             self._log.image(step, "routing/load", load_map(loads))
-        grid = getattr(getattr(self._model, "config", None), "grid", None)
         for record in records:
             if record.weights is not None:
                 self._log.histogram(step, f"routing/{record.name}/weights", record.weights)
-            if record.chosen is not None and grid is not None and record.chosen.dim() == 1:
-                kept_BS = record.chosen.unflatten(0, (-1, grid[0] * grid[1]))
-                self._log.image(step, f"routing/{record.name}/kept", patch_map(kept_BS, grid))
+            routed = self._model.get_submodule(record.name)
+            if not isinstance(routed, RoutedBlock) or routed.grid is None:
+                continue
+            if record.chosen is not None and len(routed.grid) == 2:
+                rows, columns = routed.grid
+                kept_BS = record.chosen.unflatten(0, (-1, rows * columns))
+                kept = patch_map(kept_BS, (rows, columns))
+                self._log.image(step, f"routing/{record.name}/kept", kept)
 
     def flush(self) -> None:
         """Let what was written so far outlive this process and machine (`MetricLog.flush`)."""

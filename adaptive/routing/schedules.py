@@ -1,4 +1,4 @@
-"""Capacity over depth and over training steps.
+"""What follows the depth of a layer, and the training step.
 
 A schedule over depth is a list of capacities, one a layer; 1.0 is a dense layer.
 """
@@ -9,7 +9,26 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from torch import nn
+
 DepthSchedule = Literal["every_other", "all", "linear", "cosine"]
+
+
+def start_step(model: nn.Module, step: int) -> None:
+    """Tell every module of a model that an optimizer step begins.
+
+    Call it before each step of a loop of your own. A module that follows the step (an annealed
+    capacity, a Gumbel temperature, the bias that balances experts) has a method `start_step(step)`,
+    which speaks for the module itself: those inside it are told too.
+
+    Args:
+        model: any module; a wrapper of an engine around one as well.
+        step: number of the step, from 0.
+    """
+    for module in model.modules():
+        # Looked up on the type: an engine hands unknown attributes on to what it wraps.
+        if callable(getattr(type(module), "start_step", None)):
+            module.start_step(step)  # type: ignore[operator]
 
 
 def capacities_over_depth(

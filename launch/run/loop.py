@@ -17,6 +17,7 @@ from torch import Tensor
 from adaptive.blocks.calibration import calibrate
 from adaptive.flops import executed_flops, nominal_flops
 from adaptive.observe.monitor import Monitor
+from adaptive.routing.schedules import start_step
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import RoutingRecord, RoutingTape
 from launch.checkpoint.contents import newest_checkpoint
@@ -122,9 +123,7 @@ class Loop:
         self._begin("batch")
         rows = range(self.state.rows, self.state.rows + train.batch_size)
         tokens, targets = self.task.tokens(rows), self.task.targets(rows)
-        start_step = getattr(engine.model, "start_step", None)
-        if start_step is not None:
-            start_step(number)
+        start_step(engine.model, number)
         scope = BatchScope.of(mesh, tokens, micro_batches=engine.accumulation)
         parts = self._micro_batches(rows)
         if len(parts) > 1 and self._takes_census:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import types
 import typing
@@ -119,7 +118,6 @@ def _item_type(kind: Any) -> Any:
     return arguments[-1] if arguments else None
 
 
-@functools.cache
 def _hints(owner: type) -> dict[str, Any]:
     return typing.get_type_hints(owner)
 

@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adaptive import Pattention, RoutingTape
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.generate import Sampling, generate

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive import MixtureOfExperts, RoutingTape
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_depths_and_experts import ExpertsWithIdle
+from adaptive.blocks.mixture_of_experts import ExpertsWithIdle
 from adaptive.flops import executed_flops, nominal_flops
 from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTransformer
 from adaptive.observe.alarms import AlarmLimits

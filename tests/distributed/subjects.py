@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTransformer
 from adaptive.models.diffusion.flow_matching import Draws, draw, flow_matching_loss
 from adaptive.routing.gumbel import GumbelSchedule

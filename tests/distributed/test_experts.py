@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adaptive.blocks.mixture_of_experts import MixtureOfExperts
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExperts, MixtureOfExpertsConfig
 from adaptive.routing.tape import RoutingTape
 from parallel.expert import combine, dispatch, plan_dispatch
 from parallel.gradients import is_expert

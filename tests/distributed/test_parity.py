@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from parallel.parity import Report, Settings, check_on_ranks
 from tests.distributed.subjects import FAMILIES, QUIET, SUBJECTS, TINY, splits_on
 from tests.ranks import run_ranks

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptive import Pattention
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.growth import grow
 from adaptive.models import Decoder
 from adaptive.routing.gumbel import GumbelSchedule

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive import BatchScope, RoutingTape
+from adaptive import BatchScope, RoutingTape, start_step
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
-from adaptive.blocks.skip_layer import SkipLayer
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayer, SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.routing.gumbel import GumbelSchedule
 from tests.ranks import run_ranks
@@ -92,7 +91,7 @@ def train(family: str, stage: int, recompute: bool) -> tuple[list[float], list[i
     )
     losses, executed = [], []
     for step in range(STEPS):
-        model.start_step(step)
+        start_step(model, step)
         scope = BatchScope(tokens=2 * 8 * world, replicas=world, group=dist.group.WORLD)
         loss, tape = loss_of(engine, ids_of(rank, step), scope)
         engine.backward(loss)
@@ -113,7 +112,7 @@ def train_alone(family: str) -> tuple[list[float], list[float]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
     for step in range(STEPS):
-        model.start_step(step)
+        start_step(model, step)
         ids = torch.cat([ids_of(0, step), ids_of(1, step)])
         loss, _ = loss_of(objective, ids, BatchScope())
         optimizer.zero_grad()

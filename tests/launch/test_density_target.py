@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptive import RoutingTape
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive import RoutingTape, start_step
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.routing.gumbel import GumbelSchedule
 from launch.data.text import Corpus, TextConfig
@@ -41,7 +41,7 @@ def test_density_is_within_two_hundredths_of_its_target(target: float) -> None:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min((step + 1) / 20, 1.0) * (1 - 0.9 * step / STEPS)
-        model.start_step(step)
+        start_step(model, step)
         ids = ids_of([corpus.train_row(0, step * ROWS + row) for row in range(ROWS)])
         with RoutingTape(model) as tape:
             loss = model.token_losses(ids[:, :-1], ids[:, 1:]).mean()

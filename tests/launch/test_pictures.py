@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.observe.metric_log import MetricLog
 from launch.tasks.pictures import show_routing

@@ -18,7 +18,6 @@ Shape legend: T tokens, D width, F feed-forward width, N learners, K = N + 1 cou
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +62,7 @@ def convert(
             there is no batch.
     """
     order = unit_orders(teacher, batches)
-    student = Decoder(replace(teacher.config, adaptive_computation=config))
+    student = Decoder(teacher.config.with_method(config))
     student = student.to(teacher.embedding.weight)
     weights = teacher.state_dict()
     for name, module in rows_of_learners(student).items():
@@ -175,9 +174,11 @@ def unit_orders(teacher: Decoder, batches: Iterable[Tensor]) -> dict[str, Tensor
     Raises:
         ValueError: if layers of the teacher do not see every token, or there is no batch.
     """
-    for name in ("mixture_of_depths", "skip_layer"):
-        if getattr(teacher.config, name) is not None:
-            raise ValueError(f"{name}: must be null, a layer is judged by what every token gets")
+    for method in teacher.config.methods:
+        if not method.sees_every_token:
+            raise ValueError(
+                f"{method.name}: must be null, a layer is judged by what every token gets"
+            )
     units = {n: m for n, m in teacher.named_modules() if isinstance(m, SwiGLU)}
     importance = {name: torch.zeros(()) for name in units}
     for ids_BS in batches:

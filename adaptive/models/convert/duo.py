@@ -10,7 +10,6 @@ Source: Duo-LLM, arXiv 2410.10846, section 2.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -36,7 +35,7 @@ def convert(teacher: Decoder, config: SizedFeedForwardConfig, batches: Iterable[
             be, or there is no batch.
     """
     order = unit_orders(teacher, batches)
-    student = Decoder(replace(teacher.config, sized_feed_forward=config))
+    student = Decoder(teacher.config.with_method(config))
     student = student.to(teacher.embedding.weight)
     weights = teacher.state_dict()
     for name, module in sized_modules(student).items():

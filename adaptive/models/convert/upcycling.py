@@ -9,12 +9,11 @@ Source: sparse upcycling, arXiv 2212.05055, section 3; with renormalised top-k w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.models.decoder.model import Decoder, DecoderConfig
 
 _DENSE = ("gate.weight", "up.weight", "down.weight")
@@ -40,7 +39,7 @@ def upcycle(
         ValueError: if the mixture could not equal the dense model, or a weight is missing.
     """
     check_upcyclable(config, experts)
-    new_config = replace(config, mixture_of_experts=experts)
+    new_config = config.with_method(experts)
     with torch.device("meta"):
         places = Decoder(new_config).state_dict()
     routed = experts.routed_layers(config.num_layers)
@@ -78,9 +77,11 @@ def upcycled(dense: Decoder, experts: MixtureOfExpertsConfig) -> Decoder:
 
 def check_upcyclable(config: DecoderConfig, experts: MixtureOfExpertsConfig) -> None:
     """Raise ValueError where a mixture could not start as the dense model."""
-    for name in ("mixture_of_experts", "pattention", "sized_feed_forward", "adaptive_computation"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name}: only a decoder with dense feed-forwards can be upcycled")
+    for method in config.methods:
+        if method.place != "layer":
+            raise ValueError(
+                f"{method.name}: only a decoder with dense feed-forwards can be upcycled"
+            )
     renormalize = experts.top_k > 1 if experts.renormalize is None else experts.renormalize
     rules = {
         "top_k=1": experts.top_k == 1,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from adaptive.blocks.protocol import RoutedBlock
 from adaptive.flops import FlopCounter, Work, records_by_module
 from adaptive.models.decoder.cache import Cache
 from adaptive.models.decoder.model import Decoder
@@ -199,9 +200,8 @@ def check_whole(model: Decoder) -> None:
 
 def non_causal_layers(model: nn.Module) -> list[str]:
     """Names of routed layers whose evaluation looks at later tokens: they cannot sample."""
-    return [
-        name for name, module in model.named_modules() if getattr(module, "causal", True) is False
-    ]
+    routed = ((n, m) for n, m in model.named_modules() if isinstance(m, RoutedBlock))
+    return [name for name, module in routed if not module.causal]
 
 
 def _next_logits(model: Decoder, made: Generation, going: Sequence[int]) -> Tensor:

@@ -5,7 +5,6 @@ Shape legend: B batch, S sequence, T packed tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
@@ -13,18 +12,13 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
-from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
-from adaptive.blocks.pattention import PattentionConfig
-from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.method import MethodHost, takes_methods
+from adaptive.blocks.protocol import LayerContext, Linears, MakeFeedForward, Method
 from adaptive.models.decoder.layers import (
     Attention,
     DecoderLayer,
     KeyValueCache,
     LayerNorm,
-    MakeLinear,
     ParameterFreeLayerNorm,
     RMSNorm,
     SwiGLU,
@@ -51,9 +45,12 @@ from parallel.vocab_cross_entropy import vocab_cross_entropy
 MOST_LAYERS = 2048
 
 
+@takes_methods("linear", "feed_forward", "layer")
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(MethodHost):
     """Everything that decides a decoder's parameters.
+
+    Every method of these places has a field of its own name: its configuration, or None.
 
     Attributes:
         vocab_size: V. 256 is bytes.
@@ -71,13 +68,6 @@ class DecoderConfig:
         init_std: standard deviation of weights; projections into the residual stream get
             `init_std / sqrt(2 layers)`.
         recompute: keep no activations inside layers; backward computes them again.
-        pattention: projections and feed-forward made of parameter tokens (TokenFormer), or None.
-            `ffn_dim` then has no effect.
-        mixture_of_depths: routed layers, or None.
-        mixture_of_experts: layers whose feed-forward is a mixture of experts, or None.
-        skip_layer: layers that tokens may skip, or None.
-        sized_feed_forward: layers whose feed-forward has two sizes (Duo-LLM), or None.
-        adaptive_computation: layers whose feed-forward is a row of learners, or None.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -99,12 +89,6 @@ class DecoderConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     recompute: bool = False
-    pattention: PattentionConfig | None = None
-    mixture_of_depths: MixtureOfDepthsConfig | None = None
-    mixture_of_experts: MixtureOfExpertsConfig | None = None
-    skip_layer: SkipLayerConfig | None = None
-    sized_feed_forward: SizedFeedForwardConfig | None = None
-    adaptive_computation: AdaptiveComputationConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_seq_len"):
@@ -130,24 +114,7 @@ class DecoderConfig:
             raise ValueError(f"rotary_fraction={self.rotary_fraction}: must be in [0, 1]")
         if self.norm not in ("rms", "parameter_free"):
             raise ValueError(f"norm={self.norm!r}: must be rms or parameter_free")
-        self._check_layers()
-        if self.skip_layer is not None and self.mixture_of_depths is not None:
-            raise ValueError("mixture_of_depths and skip_layer: give one of them")
-        for name in ("sized_feed_forward", "adaptive_computation"):
-            others = [other for other in _FEED_FORWARDS if getattr(self, other) and other != name]
-            if getattr(self, name) is not None and others:
-                raise ValueError(f"{name} and {others[0]}: give one of them")
-
-    def _check_layers(self) -> None:
-        """Raise ValueError, naming the section, where its layers are not the model's."""
-        for name in ("mixture_of_depths", "skip_layer", *_FEED_FORWARDS[1:]):
-            section = getattr(self, name)
-            for layers in ("capacities", "densities", "routed_layers"):
-                if hasattr(section, layers):
-                    try:
-                        getattr(section, layers)(self.num_layers)
-                    except ValueError as error:
-                        raise ValueError(f"{name}.{error}") from None
+        self.check_methods(self.num_layers)
 
     @property
     def kv_heads(self) -> int:
@@ -156,14 +123,6 @@ class DecoderConfig:
     @property
     def ffn_width(self) -> int:
         return -(-self.dim * 8 // (3 * 64)) * 64 if self.ffn_dim is None else self.ffn_dim
-
-
-_FEED_FORWARDS = (
-    "pattention",
-    "mixture_of_experts",
-    "sized_feed_forward",
-    "adaptive_computation",
-)
 
 
 class DecoderCache(Protocol):
@@ -302,22 +261,6 @@ class Decoder(nn.Module):
         hidden_TD = enter_tensor_region(hidden_TD, self.mesh, shard_sizes=layout.shard_sizes)
         return self.output(hidden_TD)
 
-    @staticmethod
-    def from_tokenformer_state_dict(
-        weights: Mapping[str, Tensor], *, num_heads: int, **options: Any
-    ) -> Decoder:
-        """A decoder with published TokenFormer weights: `adaptive.models.weights.tokenformer`."""
-        from adaptive.models.weights.tokenformer import from_tokenformer_state_dict
-
-        return from_tokenformer_state_dict(weights, num_heads=num_heads, **options)
-
-    def start_step(self, step: int) -> None:
-        """Tell every module with a schedule over steps which one begins."""
-        for module in self.modules():
-            start = getattr(module, "start_step", None)
-            if module is not self and callable(start):
-                start(step)
-
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """Layers, twice in the forward direction where they are recomputed, and the logits."""
         for layer in self.layers:
@@ -353,16 +296,27 @@ def _check_shape(name: str, tensor: Tensor, input_ids_BS: Tensor) -> None:
 
 
 def build_layer(config: DecoderConfig, index: int, mesh: Mesh) -> nn.Module:
-    """Layer `index` of the decoder, routed or not."""
+    """Layer `index` of the decoder, with what the methods put in place of its parts."""
+    residual_std = config.init_std / (2 * config.num_layers) ** 0.5
+    context = LayerContext(
+        layer=index,
+        num_layers=config.num_layers,
+        dim=config.dim,
+        ffn_dim=config.ffn_width,
+        std=config.init_std,
+        output_std=residual_std,
+        mesh=mesh,
+    )
+    here = [m for m in config.methods if index in m.routed_layers(config.num_layers)]
     norm: Any = partial(RMSNorm, eps=config.norm_eps, mesh=mesh)
     if config.norm == "parameter_free":
         norm = partial(ParameterFreeLayerNorm, mesh=mesh)
-    residual_std = config.init_std / (2 * config.num_layers) ** 0.5
-    make_input: MakeLinear = partial(column_linear, mesh=mesh, std=config.init_std)
-    make_output: MakeLinear = partial(row_linear, mesh=mesh, std=residual_std)
-    if config.pattention is not None:
-        make_input = config.pattention.make_input(mesh=mesh, std=config.init_std)
-        make_output = config.pattention.make_output(mesh=mesh, std=residual_std)
+    linears = Linears(
+        partial(column_linear, mesh=mesh, std=config.init_std),
+        partial(row_linear, mesh=mesh, std=residual_std),
+    )
+    for method in (m for m in here if m.place == "linear"):
+        linears = method.build(context, linears)
     attention = Attention(
         config.dim,
         config.num_heads,
@@ -372,40 +326,24 @@ def build_layer(config: DecoderConfig, index: int, mesh: Mesh) -> nn.Module:
         qk_norm_eps=config.norm_eps if config.qk_norm else None,
         rotary_fraction=config.rotary_fraction,
         rope_base=config.rope_base,
-        make_input=make_input,
-        make_output=make_output,
+        make_input=linears.input,
+        make_output=linears.output,
         mesh=mesh,
     )
-    experts = config.mixture_of_experts
-    ffn: nn.Module
-    if experts is not None and index in experts.routed_layers(config.num_layers):
-        ffn = experts.feed_forward(
-            config.dim,
-            ffn_dim=config.ffn_width,
-            std=config.init_std,
-            output_std=residual_std,
-            mesh=mesh,
-        )
-    elif config.pattention is not None:
-        ffn = config.pattention.feed_forward(config.dim, mesh=mesh, std=residual_std)
-    else:
-        make_ffn = partial(
-            SwiGLU, config.dim, make_input=make_input, make_output=make_output, mesh=mesh
-        )
-        sized = config.sized_feed_forward or config.adaptive_computation
-        if sized is None:
-            ffn = make_ffn(config.ffn_width)
-        else:
-            ffn = sized.feed_forward(
-                config.dim, config.ffn_width, layer=index, make_ffn=make_ffn, mesh=mesh
-            )
-    layer: nn.Module = DecoderLayer(norm(config.dim), attention, norm(config.dim), ffn)
-    if config.mixture_of_depths is not None:
-        layer = config.mixture_of_depths.wrap(
-            layer, layer=index, num_layers=config.num_layers, dim=config.dim, mesh=mesh
-        )
-    if config.skip_layer is not None:
-        layer = config.skip_layer.wrap(
-            layer, layer=index, num_layers=config.num_layers, dim=config.dim, mesh=mesh
-        )
+    make: MakeFeedForward = linears.feed_forward or partial(
+        SwiGLU, config.dim, make_input=linears.input, make_output=linears.output, mesh=mesh
+    )
+    for method in (m for m in here if m.place == "feed_forward"):
+        make = partial(_feed_forward, method, context, make)
+    layer: nn.Module = DecoderLayer(
+        norm(config.dim), attention, norm(config.dim), make(config.ffn_width)
+    )
+    for method in (m for m in here if m.place == "layer"):
+        layer = method.build(context, layer)
     return layer
+
+
+def _feed_forward(
+    method: Method, context: LayerContext, inner: MakeFeedForward, ffn_dim: int
+) -> nn.Module:
+    return method.build(replace(context, ffn_dim=ffn_dim), inner)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.protocol import RoutedBlock
 from adaptive.models.decoder.model import Decoder
 from adaptive.routing.forced import force_choices
 from adaptive.routing.tape import RoutingTape
@@ -72,9 +73,10 @@ class OracleReport:
         ]
 
 
-def routed_modules(model: Decoder) -> dict[str, nn.Module]:
+def routed_modules(model: Decoder) -> dict[str, RoutedBlock]:
     """The modules whose choices a path names, by name, in the model's order."""
-    return {n: m for n, m in model.named_modules() if hasattr(m, "path_costs")}
+    routed = ((n, m) for n, m in model.named_modules() if isinstance(m, RoutedBlock))
+    return {name: module for name, module in routed if module.path_costs}
 
 
 @torch.no_grad()
@@ -118,7 +120,7 @@ def search(
     for budget in budgets:
         if not 0 <= budget <= 1:
             raise ValueError(f"budget={budget}: must be in [0, 1]")
-    costs = [tuple(module.path_costs) for module in modules.values()]  # type: ignore[arg-type]
+    costs = [module.path_costs for module in modules.values()]
     report = OracleReport(list(modules), costs, list(positions))
     trial = _Trial(model, list(modules.values()), ids_S, rows)
     for position in positions:
@@ -169,7 +171,9 @@ def _climb(
 class _Trial:
     """Runs copies of a text in which one token of each takes a path of its own."""
 
-    def __init__(self, model: Decoder, modules: list[nn.Module], ids_S: Tensor, rows: int) -> None:
+    def __init__(
+        self, model: Decoder, modules: list[RoutedBlock], ids_S: Tensor, rows: int
+    ) -> None:
         self._model, self._modules, self._ids_S, self._rows = model, modules, ids_S, rows
         with RoutingTape(model) as tape:
             model(ids_S[None])
@@ -189,7 +193,7 @@ class _Trial:
         target = self._ids_S[position + 1]
         for start in range(0, len(paths), self._rows):
             part = paths[start : start + self._rows]
-            choices = {}
+            choices: dict[nn.Module, Tensor] = {}
             for index, (module, own_S) in enumerate(zip(self._modules, self.own, strict=True)):
                 forced_BS = own_S[: position + 1].repeat(len(part), 1)
                 forced_BS[:, -1] = torch.tensor([path[index] for path in part])

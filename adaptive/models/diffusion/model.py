@@ -5,15 +5,16 @@ Shape legend: B batch, C channels, H W pixels (or latents), S tokens, T = B*S, K
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from adaptive.blocks.path_fusion import MaskToken
-from adaptive.blocks.sprint import Paths, SparseDenseFusion
+from adaptive.blocks.protocol import Method, SequenceContext
+from adaptive.blocks.sprint import Paths, SparseDenseFusion, SparseDenseFusionConfig
 from adaptive.models.diffusion.alignment import AlignedFusion, AlignmentConfig
 from adaptive.models.diffusion.layers import (
     AxialRotary,
@@ -109,11 +110,20 @@ class DiffusionConfig:
             )
         if self.ffn not in ("gelu", "swiglu"):
             raise ValueError(f"ffn={self.ffn!r}: must be gelu or swiglu")
-        if not 0 <= self.path_drop <= 1:
-            raise ValueError(f"path_drop={self.path_drop}: must be in [0, 1]")
-        if self.paths == "dense" and self.middle_depth:
+        if self.fusion.paths == "dense" and self.middle_depth:
             raise ValueError(f"middle_depth={self.middle_depth}: must be 0 with paths=dense")
         check_keeping(self.keep, self.keeping, self.grid)
+
+    @property
+    def fusion(self) -> SparseDenseFusionConfig:
+        """The method that stands around the layers; its options are this configuration's own."""
+        names = (f.name for f in fields(SparseDenseFusionConfig))
+        return SparseDenseFusionConfig(**{name: getattr(self, name) for name in names})
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that this model has, in order of application."""
+        return (self.fusion,)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -179,23 +189,13 @@ class DiffusionTransformer(nn.Module):
             raise ValueError("sequence_parallel=True: must be False with an alignment")
         depths = (config.encoder_depth, config.middle_depth, config.decoder_depth)
         encoder, middle, decoder = ([self._block() for _ in range(depth)] for depth in depths)
-        options: dict[str, Any] = {
-            "keep": config.keep,
-            "keeping": config.keeping,
-            "grid": config.grid,
-            "path_drop": config.path_drop,
-            "mask_token": config.mask_token,
-            "paths": config.paths,
-            "per_sequence": ("condition", "features"),
-            "recompute": config.recompute,
-            "mesh": mesh,
-        }
-        parts = (encoder, middle, decoder, config.dim)
-        self.trunk = (
-            SparseDenseFusion(*parts, **options)
-            if config.alignment is None
-            else AlignedFusion(*parts, config=config.alignment, **options)
+        context = SequenceContext(
+            config.dim, config.grid, ("condition", "features"), config.recompute, mesh
         )
+        block: Any = SparseDenseFusion
+        if config.alignment is not None:
+            block = partial(AlignedFusion, config=config.alignment)
+        self.trunk = config.fusion.build(context, (encoder, middle, decoder), block=block)
         self.head = VelocityHead(config.dim, patch_dim, mesh=mesh)
 
     @property
@@ -366,30 +366,6 @@ class DiffusionTransformer(nn.Module):
         count.linear(patches.in_features, patches.out_features, work, input_grad=False)
         for part in (self.time_embedding, self.trunk, self.head):
             count(part, work)
-
-    def start_step(self, step: int) -> None:
-        """Tell every module with a schedule over steps which one begins."""
-        for module in self.modules():
-            start = getattr(module, "start_step", None)
-            if module is not self and callable(start):
-                start(step)
-
-    @staticmethod
-    def from_sprint_state_dict(
-        weights: Mapping[str, Tensor], *, num_heads: int, image_size: int, patch_size: int
-    ) -> DiffusionTransformer:
-        """The model of an official SPRINT checkpoint, see `adaptive.models.weights.sprint`."""
-        from adaptive.models.weights.sprint import load_sprint
-
-        return load_sprint(
-            weights, num_heads=num_heads, image_size=image_size, patch_size=patch_size
-        )
-
-    def sprint_state_dict(self) -> dict[str, Tensor]:
-        """The weights in the official checkpoints' naming."""
-        from adaptive.models.weights.sprint import to_sprint
-
-        return to_sprint(self)
 
     def _block(self) -> DiffusionBlock:
         config = self.config

@@ -35,7 +35,7 @@ _FFN = {
 _MASK = "trunk.fusion.mask_token"
 
 
-def load_sprint(
+def from_sprint_state_dict(
     weights: Mapping[str, Tensor], *, num_heads: int, image_size: int, patch_size: int
 ) -> DiffusionTransformer:
     """The model of an official checkpoint; other sizes come from the tensors' shapes.
@@ -71,7 +71,7 @@ def load_sprint(
     return model
 
 
-def to_sprint(model: DiffusionTransformer) -> dict[str, Tensor]:
+def sprint_state_dict(model: DiffusionTransformer) -> dict[str, Tensor]:
     """The model's weights by their official names, copied to the CPU.
 
     Raises:

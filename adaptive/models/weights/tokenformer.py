@@ -141,7 +141,7 @@ def tokenformer_state_dict(model: Decoder) -> dict[str, Tensor]:
         raise ValueError(
             "this decoder: must have pattention, norm: parameter_free and untied embeddings"
         )
-    if config.mixture_of_depths is not None or config.skip_layer is not None:
+    if any(not method.sees_every_token for method in config.methods):
         raise ValueError("this decoder: routes tokens, which the published names cannot tell")
     _check_published(config)
     names, state = published_names(model), {}
@@ -175,7 +175,8 @@ def _check_published(config: DecoderConfig) -> None:
     pattention = replace(config.pattention, top_k=None, ffn_top_k=None)
     sizes = (config.vocab_size, config.dim, config.num_layers, config.num_heads)
     published = _config(*sizes, pattention, max_seq_len=config.max_seq_len)
-    for name in ("rotary_fraction", "rope_base", "attention_bias", "qk_norm", "mixture_of_experts"):
+    others = [method.name for method in config.methods if method.name != pattention.name]
+    for name in ("rotary_fraction", "rope_base", "attention_bias", "qk_norm", *others):
         wanted = getattr(published, name)
         if getattr(config, name) != wanted:
             raise ValueError(f"{name}={getattr(config, name)}: must be {wanted} to be published")
@@ -206,8 +207,7 @@ def _config(
         max_seq_len=max_seq_len,
         rotary_fraction=0.25,
         norm="parameter_free",
-        pattention=pattention,
-    )
+    ).with_method(pattention)
 
 
 def _get(weights: Mapping[str, Tensor], name: str) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive.blocks.mixtral_weights import stacked
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.models.decoder.model import Decoder, DecoderConfig
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
@@ -111,7 +111,7 @@ def decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
             balance_coefficient=settings.get("router_aux_loss_coef", 0.001),
             jitter=settings.get("router_jitter_noise", 0.0),
         )
-        config = replace(config, mixture_of_experts=experts)
+        config = config.with_method(experts)
     return config
 
 
@@ -183,9 +183,8 @@ def mixtral_settings(config: DecoderConfig) -> dict[str, Any]:
         tie_embeddings=config.tie_embeddings,
         init_std=config.init_std,
         recompute=config.recompute,
-        mixture_of_experts=experts,
     )
-    if experts is None or plain != config:
+    if experts is None or plain.with_method(experts) != config:
         raise ValueError("a Mixtral model is a plain decoder with experts: this is another")
     allowed = MixtureOfExpertsConfig(
         num_experts=experts.num_experts,

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from adaptive import MixtureOfDepthsAndExperts, RoutingTape
-from adaptive.blocks.mixture_of_depths_and_experts import ExpertsWithIdle
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import ExpertsWithIdle, MixtureOfExpertsConfig
 from adaptive.models import Decoder, DecoderConfig
 
 DIM = 12

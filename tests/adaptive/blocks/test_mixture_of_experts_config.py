@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adaptive import MixtureOfExperts, RoutingTape
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import Decoder, DecoderConfig
 from parallel.flop_formulas import torch_flop_counter

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive import BatchScope, RoutingTape
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.cache import Cache
 from adaptive.routing.summary import RoutingWindow

@@ -6,8 +6,8 @@ import torch
 from adaptive import AdaptiveComputationModule, TokenLayout
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.convert.acm import (
     convert,

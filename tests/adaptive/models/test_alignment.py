@@ -10,6 +10,7 @@ from adaptive import BatchScope, RoutingTape
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import DiffusionConfig, DiffusionTransformer
 from adaptive.models.diffusion.alignment import AlignmentConfig
+from adaptive.models.weights.sprint import sprint_state_dict
 from parallel.flop_formulas import torch_flop_counter
 
 
@@ -97,7 +98,7 @@ def test_the_projector_is_counted_where_it_computes(layer: int) -> None:
 
 
 def test_official_weights_leave_without_the_projector() -> None:
-    assert not any("projector" in name for name in model_with(2).sprint_state_dict())
+    assert not any("projector" in name for name in sprint_state_dict(model_with(2)))
 
 
 def test_what_does_not_fit_is_refused() -> None:

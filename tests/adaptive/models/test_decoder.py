@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptive import BatchScope, RoutingTape, TokenLayout
+from adaptive import BatchScope, RoutingTape, TokenLayout, start_step
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths, MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
 
@@ -128,11 +128,11 @@ def test_losses_do_not_depend_on_how_the_batch_is_split(parts: int) -> None:
 def test_annealing_reaches_every_routed_layer() -> None:
     config = replace(CONFIG, mixture_of_depths=MixtureOfDepthsConfig(capacity=0.25, anneal_steps=4))
     model = build(config)
-    model.start_step(2)
+    start_step(model, 2)
     with RoutingTape(model) as tape:
         model(ids(1, 16))
     assert [record.executed for record in tape.records] == [10, 10]
-    model.start_step(100)
+    start_step(model, 100)
     with RoutingTape(model) as tape:
         model(ids(1, 16))
     assert [record.executed for record in tape.records] == [4, 4]

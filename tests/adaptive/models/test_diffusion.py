@@ -13,6 +13,7 @@ from adaptive import RoutingTape, TokenLayout
 from adaptive.flops import executed_flops, planned_flops
 from adaptive.models import DiffusionConfig, DiffusionTransformer
 from adaptive.models.diffusion.layers import AxialRotary, patchify, rotate_pairs, unpatchify
+from adaptive.models.weights.sprint import from_sprint_state_dict, sprint_state_dict
 from parallel.flop_formulas import torch_flop_counter
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "sprint_sit.safetensors"
@@ -28,9 +29,7 @@ def golden() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def official(golden: dict[str, Tensor]) -> DiffusionTransformer:
     weights = {k.removeprefix("weights."): v for k, v in golden.items() if "weights." in k}
-    model = DiffusionTransformer.from_sprint_state_dict(
-        weights, num_heads=4, image_size=8, patch_size=1
-    )
+    model = from_sprint_state_dict(weights, num_heads=4, image_size=8, patch_size=1)
     return model.eval()
 
 
@@ -73,7 +72,7 @@ def test_path_drop_guidance_reproduces_the_official_halves(golden: Any, official
 
 
 def test_weights_leave_in_the_official_naming(golden: Any, official: Any) -> None:
-    weights = official.sprint_state_dict()
+    weights = sprint_state_dict(official)
     names = {k.removeprefix("weights.") for k in golden if k.startswith("weights.")}
     assert weights.keys() == names
     for name, value in weights.items():
@@ -83,12 +82,12 @@ def test_weights_leave_in_the_official_naming(golden: Any, official: Any) -> Non
 @pytest.mark.parametrize("options", [{"ffn": "swiglu", "ffn_dim": 40}, {"qk_norm": False}])
 def test_every_variant_survives_a_round_trip(options: dict) -> None:
     model = tiny(**options).eval()
-    loaded = DiffusionTransformer.from_sprint_state_dict(
-        model.sprint_state_dict(), num_heads=2, image_size=8, patch_size=2
+    loaded = from_sprint_state_dict(
+        sprint_state_dict(model), num_heads=2, image_size=8, patch_size=2
     ).eval()
     assert torch.equal(loaded(*inputs()), model(*inputs()))
     if "ffn" in options:
-        assert "middle_blocks.1.mlp.fc1_g.weight" in model.sprint_state_dict()
+        assert "middle_blocks.1.mlp.fc1_g.weight" in sprint_state_dict(model)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +102,10 @@ def test_every_variant_survives_a_round_trip(options: dict) -> None:
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(change: Any, message: str) -> None:
-    weights = tiny().sprint_state_dict()
+    weights = sprint_state_dict(tiny())
     change(weights)
     with pytest.raises(ValueError, match=message):
-        DiffusionTransformer.from_sprint_state_dict(
-            weights, num_heads=2, image_size=8, patch_size=2
-        )
+        from_sprint_state_dict(weights, num_heads=2, image_size=8, patch_size=2)
 
 
 def test_kept_tokens_of_another_image_are_refused() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.oracle import routed_modules, search
 from adaptive.routing.forced import force_choices

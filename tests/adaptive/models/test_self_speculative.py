@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.decode_depth import SkipDecode, generate_at_depth
 from adaptive.models.decoder.generate import Sampling, generate

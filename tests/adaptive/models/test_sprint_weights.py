@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adaptive.models import DiffusionConfig, DiffusionTransformer
+from adaptive.models.weights.sprint import from_sprint_state_dict, sprint_state_dict
 from parallel.mesh import Mesh
 
 
@@ -34,8 +35,8 @@ def model_of(**changes: Any) -> DiffusionTransformer:
 def test_a_model_comes_back_as_the_same_function(changes: dict[str, Any]) -> None:
     model = model_of(**changes)
     size = model.config.image_size
-    again = DiffusionTransformer.from_sprint_state_dict(
-        model.sprint_state_dict(), num_heads=2, image_size=size, patch_size=2
+    again = from_sprint_state_dict(
+        sprint_state_dict(model), num_heads=2, image_size=size, patch_size=2
     ).eval()
     inputs = (torch.randn(2, 3, size, size), torch.rand(2), torch.tensor([0, 3]))
     torch.testing.assert_close(again(*inputs), model(*inputs), atol=0, rtol=0)
@@ -53,11 +54,11 @@ def test_a_model_comes_back_as_the_same_function(changes: dict[str, Any]) -> Non
 )
 def test_what_the_names_cannot_tell_is_not_written(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=line):
-        model_of(**changes).sprint_state_dict()
+        sprint_state_dict(model_of(**changes))
 
 
 def test_a_part_of_a_model_is_not_written() -> None:
     config = DiffusionConfig(image_size=8, dim=16, num_heads=2)
     model = DiffusionTransformer(config, mesh=Mesh(tensor=2))
     with pytest.raises(ValueError, match="this rank holds a part of the weights"):
-        model.sprint_state_dict()
+        sprint_state_dict(model)

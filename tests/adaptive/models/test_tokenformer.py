@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from adaptive import RoutingTape
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.flops import planned_flops
 from adaptive.growth import grow
 from adaptive.models import Decoder, DecoderConfig
@@ -52,7 +52,7 @@ def tiny(**changes):
 @pytest.mark.parametrize("save_memory", [False, True])
 def test_agrees_with_the_golden_model(save_memory):
     tensors, weights = golden()
-    model = Decoder.from_tokenformer_state_dict(weights, num_heads=4)
+    model = from_tokenformer_state_dict(weights, num_heads=4)
     for layer in model.layers:
         layer.ffn.save_memory = save_memory
     logits = model(tensors["input_ids"])
@@ -69,7 +69,7 @@ def test_agrees_with_the_golden_model(save_memory):
 
 def test_published_weights_survive_a_round_trip(tmp_path):
     tensors, weights = golden()
-    model = Decoder.from_tokenformer_state_dict(weights, num_heads=4)
+    model = from_tokenformer_state_dict(weights, num_heads=4)
     saved = tokenformer_state_dict(model)
     assert {f"weights.{name}" for name in saved} == set(weights)
     save_file(saved, tmp_path / "weights.safetensors")
@@ -80,7 +80,7 @@ def test_published_weights_survive_a_round_trip(tmp_path):
 def test_a_grown_model_keeps_its_scale_in_published_form():
     """Trap: public code takes √n of the present n, which rescales every old score."""
     tensors, weights = golden()
-    model = Decoder.from_tokenformer_state_dict(weights, num_heads=4)
+    model = from_tokenformer_state_dict(weights, num_heads=4)
     grow(model, tokens=96, ffn_tokens=256)
     saved = tokenformer_state_dict(model)
     assert float(saved["layers.0.ffn.scale"]) == math.sqrt(192)

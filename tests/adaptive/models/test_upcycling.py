@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.mixture_of_experts_config import MixtureOfExpertsConfig
-from adaptive.blocks.skip_layer_config import SkipLayerConfig
+from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
+from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.convert.upcycling import upcycle, upcycled
 from adaptive.models.weights.transformers import (
