@@ -114,7 +114,7 @@ def _top_level(config: RunConfig) -> list[str]:
     docs = documentation(RunConfig)
     return [
         line
-        for key in ("task", "output", "phases")
+        for key in ("task", "output", "plugins", "phases")
         for line in (f"{key} = {_shown(getattr(config, key))}", f"    {docs[key]}")
     ]
 

@@ -31,7 +31,7 @@ from launch.run.sections import (
     RunConfig,
     TrainConfig,
 )
-from launch.run.trust import trust
+from launch.run.trust import imported, trust
 from launch.run.validation import suggestion, validated
 from launch.run.writable import write_text_whole
 from launch.tasks import Task
@@ -96,6 +96,9 @@ def from_mapping(tree: dict[str, Any]) -> RunConfig:
             raise BadInput(f"{key}={value!r}: must be a string")
         if re.search(r"[\x00-\x1f\x7f]", value):
             raise BadInput(f"{key}={value!r}: must hold no control character, as a line's end")
+    plugins = validated(list[str], tree.get("plugins") or [], "plugins")
+    for plugin in plugins:
+        imported("plugins", plugin)
     task = task_class(name)
     types_ = section_types(task)
     for key in tree:
@@ -106,7 +109,7 @@ def from_mapping(tree: dict[str, Any]) -> RunConfig:
         empty: Any = [] if section == "phases" else {}
         value = tree.get(section)
         sections[section] = validated(kind, empty if value is None else value, section)
-    config = _with_growth(RunConfig(task=name, output=output, **sections))
+    config = _with_growth(RunConfig(task=name, output=output, plugins=plugins, **sections))
     names = [phase.name for phase in config.phases]
     for name in names:
         if names.count(name) > 1:

@@ -218,6 +218,7 @@ class RunConfig:
         task: what is learnt: language_model, diffusion, or your own as `module:Class`.
         output: folder of checkpoints, logs and the resolved configuration.
         phases: a list of phases, see docs/configuration.md; empty: one phase.
+        plugins: modules imported first, which add methods: see docs/new_method.md.
     """
 
     task: str
@@ -232,6 +233,7 @@ class RunConfig:
     average: Any = None
     sampling: Any = None
     phases: list[PhaseConfig] = field(default_factory=list)
+    plugins: list[str] = field(default_factory=list)
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data: `from_mapping` gives the same RunConfig."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
@@ -47,6 +48,9 @@ def imported(key: str, name: str) -> Any:
             f"{key}={name}: is code that a checkpoint names, not imported; "
             "name it in the recipe, or say --trust-code"
         )
+    # Ranks start as a script, whose own folder is searched in place of the current one.
+    if not ours and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         found = import_module(module)
         return getattr(found, attribute) if attribute else found
