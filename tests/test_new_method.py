@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive import RoutingTape, start_step
-from adaptive.blocks.method import METHODS
+from adaptive.blocks.method import methods
 from adaptive.flops import executed_flops, nominal_flops, planned_flops
 from adaptive.models import Decoder
 from launch.plan import plan
@@ -44,7 +44,7 @@ dense = load_config("strided.yaml", ["data.path=text.txt", "model.strided_depth=
 machine = PUBLISHED["h100"].machine(mixed=True)
 plans = [plan(c, Mesh.single(), machine) for c in (config, dense)]
 print(json.dumps({
-    "method": [method.name for method in METHODS][-1],
+    "method": methods()[-1].name,
     "counted": mode.get_total_flops(),
     "planned": planned_flops(model, 3, 32, backward=True),
     "executed": float(executed_flops(model, tape.records, 3, 32, backward=True)),

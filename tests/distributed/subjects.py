@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
+from adaptive.blocks.method import methods
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
@@ -121,6 +122,9 @@ FAMILIES = {
         replace(TINY, adaptive_computation=AdaptiveComputationConfig(schedule=QUIET))
     ),
 }
+# A method without a family of its own is checked as its defaults are.
+for _method in methods("linear", "feed_forward", "layer"):
+    FAMILIES.setdefault(_method.name, LanguageModel(TINY.with_method(_method())))
 
 
 @dataclass(frozen=True)
