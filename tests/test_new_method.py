@@ -106,6 +106,13 @@ def test_it_trains_by_a_recipe_on_two_ranks_and_is_watched(folder: Path) -> None
     saved = yaml.safe_load((folder / "run/run.yaml").read_text())
     assert saved["plugins"] == ["strided_depth"]
     assert saved["model"]["strided_depth"]["stride"] == 4
+    # Of somebody else's run: a file that names code does not import it.
+    code = "from launch.run.trust import trust; trust({}); from launch.run.config import load_saved"
+    code += "; from pathlib import Path; load_saved(Path('run'))"
+    refused = run(folder, "-c", code.format([]))
+    assert "plugins=strided_depth: is code that a checkpoint names" in refused.stderr
+    named = run(folder, "-c", code.format(["strided_depth"]))
+    assert named.returncode == 0, named.stderr
 
 
 def test_its_parity_is_checked(folder: Path) -> None:
@@ -128,7 +135,7 @@ def test_its_parity_is_checked(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("plugins=[nowhere]", "plugins=nowhere: ModuleNotFoundError: No module named 'nowhere'"),
+        ("plugins=[nowhere]", "plugins=nowhere: cannot be imported: No module named 'nowhere'"),
         ("plugins=[]", "model.strided_depth: unknown key"),
         ("model.strided_depth.stride=0", "model.strided_depth.stride=0: must be at least 1"),
     ],
