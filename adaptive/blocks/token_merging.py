@@ -39,7 +39,10 @@ class Heads(NamedTuple):
 
 
 class MergeableLayer(Protocol):
-    """A layer in two halves, residuals included; `attention` and `ffn` count their operations."""
+    """A layer in two halves, residuals included; `attention` and `ffn` count their operations.
+
+    `attention` also tells its `num_heads` (of all ranks) and `head_dim`.
+    """
 
     attention: nn.Module
     ffn: nn.Module
@@ -263,8 +266,7 @@ class TokenMerging(nn.Module):
         elif self.kind in ("pitome", "pitome_text", "mctf"):
             count.comparison(attention.head_dim, work)
         if self.kind == "mctf":
-            heads = attention.heads * attention.mesh.tensor
-            count.comparison(attention.head_dim * heads, work)
+            count.comparison(attention.head_dim * attention.num_heads, work)
 
 
 def attention_received(q_THh: Tensor, k_THh: Tensor, layout: TokenLayout) -> Tensor:

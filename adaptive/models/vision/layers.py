@@ -29,7 +29,8 @@ class VisionAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh = mesh = Mesh.single() if mesh is None else mesh
-        self.head_dim, self.heads = dim // num_heads, num_heads // mesh.tensor
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.heads = num_heads // mesh.tensor
         self.prefix = prefix
         self.query = ColumnLinear(dim, dim, mesh=mesh)
         self.key = ColumnLinear(dim, dim, mesh=mesh)
@@ -66,7 +67,7 @@ class VisionAttention(nn.Module):
         """Four projections, and attention of all heads."""
         for projection in (self.query, self.key, self.value, self.output):
             count(projection, work)
-        count.attention(self.heads * self.mesh.tensor, self.head_dim, work)
+        count.attention(self.num_heads, self.head_dim, work)
 
 
 class VisionFeedForward(nn.Module):
@@ -142,4 +143,4 @@ class VisionLayer(nn.Module):
         """[T, c]: the mean over the heads of all tensor ranks."""
         mesh = self.attention.mesh
         sum_Tc = leave_tensor_region(x_THc.detach().sum(1), mesh)
-        return sum_Tc / (self.attention.heads * mesh.tensor)
+        return sum_Tc / self.attention.num_heads
