@@ -217,6 +217,8 @@ class RunConfig:
     Attributes:
         task: what is learnt: language_model, diffusion, or your own as `module:Class`.
         output: folder of checkpoints, logs and the resolved configuration.
+        average: section of tasks that average their weights; else None.
+        sampling: section of tasks that draw samples; else None.
         phases: a list of phases, see docs/configuration.md; empty: one phase.
         plugins: modules imported first, which add methods: see docs/new_method.md.
     """

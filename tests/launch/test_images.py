@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from adaptive.models import DiffusionConfig
-from launch.data.images import AverageConfig, ImageConfig, ImageData, tile, to_pixels
+from launch.data.images import ImageConfig, ImageData, tile, to_pixels
+from launch.run.averaging import AverageConfig
 from launch.run.errors import BadInput
 
 DIGITS = {"image_size": 8, "channels": 1, "patch_size": 2, "num_classes": 10}
