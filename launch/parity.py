@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from launch.run.sections import RunConfig
 from launch.run.zero import check_zero
 from launch.tasks.registry import task_class
 from parallel.checks.faults import FAULTS
+from parallel.draws import drawing_part
 from parallel.mesh import Mesh
 from parallel.parity import Batch, PlainTrainer, Settings, Share, check_parity
 
@@ -59,6 +61,15 @@ class RecipeSubject:
     def tokens(self, step: int) -> int:
         return self._task(Mesh.single()).tokens(self._rows(step))
 
+    @contextmanager
+    def _draws(self, batch: Batch, index: int, share: Share) -> Iterator[None]:
+        """Random draws of tokens are those of the whole batch, however it is split."""
+        torch.manual_seed(self.config.train.seed)
+        rows = len(next(iter(batch.values())))
+        first = (share.mesh.data_rank * share.micro_batches + index) * rows
+        with drawing_part(first, rows, rows * share.mesh.data * share.micro_batches):
+            yield
+
     def losses(
         self, model: nn.Module, micro_batches: Sequence[Batch], share: Share
     ) -> Iterator[Tensor]:
@@ -66,12 +77,12 @@ class RecipeSubject:
         scope = BatchScope.of(share.mesh, share.tokens, micro_batches=share.micro_batches)
         if share.micro_batches > 1:
             scope.start_census()
-            for batch in micro_batches:
-                with torch.no_grad(), RoutingTape(scope=scope):
+            for index, batch in enumerate(micro_batches):
+                with self._draws(batch, index, share), torch.no_grad(), RoutingTape(scope=scope):
                     task.loss_sum(model, batch)
             scope.finish_census()
-        for batch in micro_batches:
-            with RoutingTape(model, scope=scope) as tape:
+        for index, batch in enumerate(micro_batches):
+            with self._draws(batch, index, share), RoutingTape(model, scope=scope) as tape:
                 total = task.loss_sum(model, batch)
             yield total * (scope.replicas / share.tokens) + tape.loss()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -31,10 +33,41 @@ def draw_own_rows(
         shard_sizes: tokens of each shard; None: all have `rows`.
     """
     if mesh is None:
-        return draw(rows)
+        return _of_batch(draw, rows)
     sizes = (rows,) * mesh.shards if shard_sizes is None else shard_sizes
-    drawn = draw(sum(sizes))
+    drawn = _of_batch(draw, sum(sizes))
     if mesh.tensor_group is not None:
         dist.broadcast(drawn, group=mesh.tensor_group, group_src=0)
     first = sum(sizes[: mesh.shard_rank])
     return drawn[first : first + rows]
+
+
+_part: ContextVar[tuple[int, int, int] | None] = ContextVar("part", default=None)
+
+
+@contextmanager
+def drawing_part(first: int, rows: int, of: int) -> Iterator[None]:
+    """Inside, what is drawn is what the whole batch would have drawn for these sequences.
+
+    So a batch is the same however it is split over ranks and micro-batches, if the generator is
+    seeded alike for each part. Sequences must be of one length.
+
+    Args:
+        first, rows: sequences of the part.
+        of: sequences of the whole batch.
+    """
+    token = _part.set((first, rows, of))
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+def _of_batch(draw: Callable[[int], Tensor], tokens: int) -> Tensor:
+    """`draw(tokens)`, or these tokens of what is drawn for the whole batch."""
+    part = _part.get()
+    if part is None:
+        return draw(tokens)
+    first, rows, of = part
+    before = tokens * first // rows
+    return draw(tokens * of // rows)[before : before + tokens]

@@ -34,6 +34,15 @@ def test_recipe_and_own_model_end_with_the_verdict_as_exit_code() -> None:
     assert lines[2].split()[:3] == ["DISAGREES", "gradient", "layers.1.router.weight"]
 
 
+def test_noise_is_drawn_by_row_however_the_batch_is_split() -> None:
+    """The Gumbel noise of SkipLayer; choices, and so the loss, would differ by rank."""
+    words = ["model.mixture_of_depths=null", "model.skip_layer.density=0.5", "train.seed=3"]
+    meshes = ["--meshes", "data=2", "--micro-batches", "2", "--steps", "1"]
+    noisy = run("--config", "recipes/mod_lm.yaml", *SMALL, *words, *meshes)
+    assert noisy.returncode == 0, noisy.stdout[:600] + noisy.stderr
+    assert "data=2: agrees with one rank" in noisy.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
