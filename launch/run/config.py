@@ -102,7 +102,7 @@ def from_mapping(tree: dict[str, Any]) -> RunConfig:
     task = task_class(name)
     types_ = section_types(task)
     for key in tree:
-        if key not in (known := ["task", "output", *types_]):
+        if key not in (known := ["task", "output", "plugins", *types_]):
             raise BadInput(f"{key}: unknown key{suggestion(key, known)}")
     sections = {}
     for section, kind in types_.items():
