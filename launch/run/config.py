@@ -24,6 +24,7 @@ from launch.run.older import refuse_older_keys, with_todays_keys
 from launch.run.plain_data import plain, read_yaml
 from launch.run.recipes import recipe_file
 from launch.run.sections import (
+    OF_SOME_TASKS,
     CheckpointConfig,
     MonitorConfig,
     ParallelConfig,
@@ -101,8 +102,10 @@ def from_mapping(tree: dict[str, Any]) -> RunConfig:
         imported("plugins", plugin)
     task = task_class(name)
     types_ = section_types(task)
+    of_others = set(OF_SOME_TASKS) - task.sections.keys()
+    known = [f.name for f in dataclasses.fields(RunConfig) if f.name not in of_others]
     for key in tree:
-        if key not in (known := ["task", "output", "plugins", *types_]):
+        if key not in known:
             raise BadInput(f"{key}: unknown key{suggestion(key, known)}")
     sections = {}
     for section, kind in types_.items():
