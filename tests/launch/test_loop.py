@@ -17,6 +17,7 @@ from launch.checkpoint.files import WEIGHTS, find_checkpoint, read_state
 from launch.checkpoint.state import RunState
 from launch.run.config import from_mapping
 from launch.run.loop import RunFailed
+from launch.run.trust import trust
 from launch.tasks import Batch, row_generator
 from launch.tasks.language_model import LanguageModelTask
 from launch.train import run
@@ -64,6 +65,7 @@ class IdleTask(UnusedTask):
 
 def fail(tree: dict[str, Any], rate: float | None = None) -> str:
     """Why a run fails; at a learning rate that no configuration allows, where one is given."""
+    trust([tree.get("task", "language_model")])
     config = from_mapping(tree)
     if rate is not None:
         object.__setattr__(config.train, "learning_rate", rate)
@@ -101,6 +103,7 @@ class UncountedTask(UnusedTask):
 
 
 def uncounted(tree: dict[str, Any]) -> tuple[float, str | None]:
+    trust([tree["task"]])
     loop = make_loop(from_mapping(tree))
     return loop.step().executed_flops, loop.uncounted
 
