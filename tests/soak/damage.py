@@ -144,7 +144,13 @@ def _consistent(folder: Path, name: str, content: bytes) -> str:
 def _later_state(folder: Path, chance: random.Random) -> str:
     state = json.loads((folder / "state.json").read_text())
     changed = chance.choice(
-        [{**state, "of_a_later_version": 1}, {"step": 72}, {**state, "step": "x"}, [], None]
+        [
+            {**state, "of_a_later_version": 1},
+            {**state, "rows": -1},
+            {**state, "step": "x"},
+            [],
+            None,
+        ]
     )
     return _consistent(folder, "state.json", json.dumps(changed).encode())
 
