@@ -56,7 +56,7 @@ def main() -> None:
         tries = options.tries or PARTS[part]
         given = {"folder": options.folder, "record": record, "seed": options.seed}
         if part in ("kills", "signals"):
-            _interrupt(part, tries, options)
+            _interrupt(part, tries, options, record)
         elif part == "disk":
             for number in range(record.count("disk"), tries):
                 fill(number, **given)
@@ -94,16 +94,14 @@ def _configurations(tries: int, *, folder: Path, record: Record, seed: int) -> N
         record.add(Try("configurations", one[0], number, one[1], one[2], figures.slowest))
 
 
-def _interrupt(part: str, tries: int, options: argparse.Namespace) -> None:
+def _interrupt(part: str, tries: int, options: argparse.Namespace, record: Record) -> None:
     """Series of interruptions that are not in the record yet."""
-    record = Record(options.folder)
     kinds = interruptions.KILLS if part == "kills" else interruptions.SIGNALS
-    done = {one.number // interruptions.TRIES for one in record.tries if one.part == part}
     series = []
     for number in range((tries + interruptions.TRIES - 1) // interruptions.TRIES):
         first = number * interruptions.TRIES
         count = min(interruptions.TRIES, tries - first)
-        if number not in done:
+        if not record.has(f"{part}, at last", number):
             series.append((number, [kinds[(first + n) % len(kinds)] for n in range(count)]))
     with ThreadPoolExecutor(options.jobs) as pool:
         for _ in pool.map(

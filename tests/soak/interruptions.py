@@ -125,46 +125,50 @@ class Leg:
 def series(
     number: int, kinds: list[str], *, folder: Path, part: str, record: Record, seed: int
 ) -> None:
-    """Interrupt one run once for each kind, then let it end; every try is recorded."""
-    chance = random.Random(f"{seed} {part} {number}")
+    """Interrupt one run once for each kind, then let it end; goes on where the record ends."""
     name = f"{part}-{seed}-{number}"
     recipe = folder / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(configuration(folder, name)))
-    done = []
-    reached = 0
-    for index, kind in enumerate(kinds):
-        begun = time.monotonic()
-        leg = Leg(recipe)
+    found = check_reached(folder / name, 0)
+    reached = found if isinstance(found, int) else 0
+    for try_number, kind in enumerate(kinds, start=number * TRIES):
+        if record.has(part, try_number):
+            continue
+        leg, begun, verdict = Leg(recipe), time.monotonic(), SURVIVED
         try:
-            said = interrupt(leg, kind, chance, reached=reached)
-            verdict = SURVIVED
+            said = interrupt(leg, kind, random.Random(f"{seed} {part} {try_number}"), reached)
         except (Lost, psutil.Error) as problem:
             verdict, said = LOST, f"{type(problem).__name__}: {problem}"
         finally:
             leg.close()
         found = check_reached(leg.output, reached)
-        if found is None or isinstance(found, str):
-            verdict, said = LOST, f"{said}; {found}"
-        else:
+        if isinstance(found, int):
             reached = found
-        try_number = number * TRIES + index
-        done.append(Try(part, kind, try_number, verdict, said, round(time.monotonic() - begun, 1)))
+        else:
+            verdict, said = LOST, f"{said}; {found}"
+        seconds = round(time.monotonic() - begun, 1)
+        record.add(Try(part, kind, try_number, verdict, said, seconds))
+    begun = time.monotonic()
     leg = Leg(recipe)
     try:
-        code = leg.process.wait(timeout=600)
+        code = leg.process.wait(timeout=900)
         problem = f"the last leg ended with {code}: {leg.said[-300:]}" if code else None
     finally:
         leg.close()
     problem = problem or difference(leg.output, folder / "undisturbed")
-    for found in done:
-        if problem is not None:
-            found = Try(
-                **{**vars(found), "verdict": LOST, "said": f"{found.said}; at last {problem}"}
-            )
-        record.add(found)
+    record.add(
+        Try(
+            f"{part}, at last",
+            "the whole log and TensorBoard's curve as if undisturbed",
+            number,
+            SURVIVED if problem is None else LOST,
+            problem or f"{STEPS} steps, each once, {len(kinds)} interruptions",
+            round(time.monotonic() - begun, 1),
+        )
+    )
 
 
-def interrupt(leg: Leg, kind: str, chance: random.Random, *, reached: int) -> str:
+def interrupt(leg: Leg, kind: str, chance: random.Random, reached: int) -> str:
     """Do it, and see that the run ends as is promised."""
     starts = "starts" in kind
     if starts:
@@ -210,7 +214,7 @@ def interrupt(leg: Leg, kind: str, chance: random.Random, *, reached: int) -> st
     return f"exit code {code} after {seconds:.1f} s"
 
 
-def check_reached(output: Path, before: int) -> int | str | None:
+def check_reached(output: Path, before: int) -> int | str:
     """The step of the newest checkpoint; a line when one was lost, or steps of the log were."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

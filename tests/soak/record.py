@@ -52,6 +52,9 @@ class Record:
             f"{found.part} {found.number} {found.kind}: {found.verdict}, {found.said}", flush=True
         )
 
+    def has(self, part: str, number: int) -> bool:
+        return any((one.part, one.number) == (part, number) for one in self.tries)
+
     def count(self, part: str) -> int:
         return sum(one.part == part for one in self.tries)
 
