@@ -51,8 +51,10 @@ def main() -> None:
         if part not in PARTS:
             parser.error(f"{part}: must be one of {', '.join(PARTS)}")
     record = Record(options.folder)
-    interruptions.prepare(options.folder)
-    for part in options.parts or PARTS:
+    parts = options.parts or list(PARTS)
+    if {*parts} - {"steps", "configurations"}:
+        interruptions.prepare(options.folder)
+    for part in parts:
         tries = options.tries or PARTS[part]
         given = {"folder": options.folder, "record": record, "seed": options.seed}
         if part in ("kills", "signals"):

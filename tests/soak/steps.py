@@ -12,17 +12,18 @@ import yaml
 from tests.distributed.runs import tiny_config, write_text
 from tests.soak.interruptions import Leg
 
-AT = (1_000, 2_000, 5_000, 10_000, 15_000, 20_000)
+AT = (200, 500, 1_000, 2_000, 3_000, 4_000, 5_000, 10_000, 15_000, 20_000)
 
 
 def measure_steps(folder: Path, *, steps: int = 20_000) -> list[dict[str, Any]]:
     """Resident memory (MiB), open files and threads of each rank, and sizes of the logs (bytes)."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder)
     output = folder / "steps"
     tree = tiny_config(
         folder,
         output=str(output),
-        train={"steps": steps, "log_every": 100, "evaluate_every": 1000},
+        train={"steps": steps, "log_every": 50, "evaluate_every": 1000},
         checkpoint={"every": 500, "keep": 2, "resume": "never"},
         monitor={"every": 1, "tensorboard": True},
         deepspeed={"zero_optimization": {"stage": 1}},
@@ -35,7 +36,7 @@ def measure_steps(folder: Path, *, steps: int = 20_000) -> list[dict[str, Any]]:
     try:
         for step in [at for at in AT if at <= steps]:
             # The last figures are taken while the run still is there.
-            seen = min(step, steps - 100)
+            seen = min(step, steps - 50)
             leg.wait_until(f"step {step}", lambda seen=seen: leg.steps()[-1:] >= [seen])
             rows.append(_row(leg, output, seen, time.monotonic() - begun))
             print(json.dumps(rows[-1]), flush=True)
