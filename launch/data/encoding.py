@@ -30,7 +30,7 @@ from launch.run.errors import BadInput
 from launch.run.writable import write_text_whole
 
 SPLITS = ("train", "validation")
-FORMAT = 4
+FORMAT = 5
 _FEW = 20  # fewer documents than this are held out in part, not as a whole
 _BATCH = 1 << 20  # bytes of text that are encoded together
 _MARK_SECONDS = 5.0  # between notes of how far it is, which continue it
@@ -127,9 +127,9 @@ def encode_into(wanted: Encoding, folder: Path) -> None:
     if not total:
         shutil.rmtree(building)
         raise BadInput(f"data.path={_place(wanted)}: no text in it")
-    share = found.tokens["validation"] / total
-    if not ends and wanted.ends is None and not wanted.held_out / 2 <= share <= wanted.held_out * 2:
-        # Too few documents, or too unequal ones, for their names to decide.
+    if not ends and wanted.ends is None and not all(found.documents.values()):
+        # Too few documents for their names to decide. Where these leave some for both splits, they
+        # do decide, however unequal: a resumed run must find the split that it began with.
         found = _encode(wanted, building, ends=True)
     dtype = np.dtype(wanted.tokenizer.dtype)
     for split in SPLITS:
