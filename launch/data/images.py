@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -37,25 +37,50 @@ class ImageConfig:
     Attributes:
         path: a folder with one folder of images (or of .npy latents) a class, or with .safetensors
             files of tensors `images` and `labels`; null: scikit-learn's 8x8 digits.
-        features: a .npy file [images, tokens, width] of features to align to, in the order of the
-            sorted file names (see model.alignment); null: none.
         validation_fraction: share of images that is held out, chosen by a hash of their place.
-        class_drop: probability that a training image loses its label.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     path: str | None = None
-    features: str | None = None
     validation_fraction: float = 0.1
-    class_drop: float = 0.1
 
     def __post_init__(self) -> None:
         check_path(self.path)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction}: must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DiffusionImageConfig(ImageConfig):
+    """Images for a diffusion transformer.
+
+    Attributes:
+        features: a .npy file [images, tokens, width] of features to align to, in the order of the
+            sorted file names (see model.alignment); null: none.
+        class_drop: probability that a training image loses its label.
+    """
+
+    features: str | None = None
+    class_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.class_drop <= 1:
             raise ValueError(f"class_drop={self.class_drop}: must be in [0, 1]")
+
+
+class ImageModel(Protocol):
+    """What a model's configuration says of its images."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int: ...
 
 
 class ImageSource(ABC):
@@ -81,7 +106,7 @@ class ImageData:
         BadInput: names the first file or label that does not fit.
     """
 
-    def __init__(self, config: ImageConfig, model: DiffusionConfig, *, verify: bool = True) -> None:
+    def __init__(self, config: ImageConfig, model: ImageModel, *, verify: bool = True) -> None:
         self.config = config
         shape = (model.channels, model.image_size, model.image_size)
         self.source = _open(config.path, shape, verify=verify)
@@ -106,13 +131,6 @@ class ImageData:
             order = np.argsort([_unit_hash(int(index)) for index in self.validation])
             self.validation = self.validation[order]
 
-        self.features = _features(config.features, len(labels), model)
-
-    def feature_rows(self, indices: Sequence[int]) -> Tensor:
-        """float32 [B, S, F]: the user's features of these images."""
-        assert self.features is not None
-        return torch.from_numpy(self.features[np.asarray(indices)].astype(np.float32))
-
     def train_index(self, seed: int, row: int) -> int:
         """The image of row `row` of the training stream; every epoch has an order of its own."""
         epoch, place = divmod(row, len(self.train))
@@ -126,6 +144,21 @@ class ImageData:
     def labels(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         """int64 [B]."""
         return torch.from_numpy(self.source.labels[np.asarray(indices, dtype=np.int64)])
+
+
+class DiffusionImageData(ImageData):
+    """Images for a diffusion transformer, with the user's features of them where there are any."""
+
+    def __init__(
+        self, config: DiffusionImageConfig, model: DiffusionConfig, *, verify: bool = True
+    ) -> None:
+        super().__init__(config, model, verify=verify)
+        self.features = _features(config.features, len(self.source.labels), model)
+
+    def feature_rows(self, indices: Sequence[int]) -> Tensor:
+        """float32 [B, S, F]: the user's features of these images."""
+        assert self.features is not None
+        return torch.from_numpy(self.features[np.asarray(indices)].astype(np.float32))
 
 
 def _features(path: str | None, images: int, model: DiffusionConfig) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from adaptive.flops import Work
 from adaptive.models.diffusion.flow_matching import Draws, draw, flow_matching_loss
 from adaptive.models.diffusion.model import DiffusionConfig, DiffusionTransformer
 from adaptive.models.diffusion.samplers import SamplingConfig, sample
-from launch.data.images import ImageConfig, ImageData, tile, to_pixels
+from launch.data.images import DiffusionImageConfig, DiffusionImageData, tile, to_pixels
 from launch.run.averaging import AverageConfig, WeightAverage
 from launch.run.errors import BadInput
 from launch.run.ranks import is_first
@@ -56,13 +56,13 @@ class DiffusionTask(Task):
     """
 
     model_config: ClassVar[type] = DiffusionConfig
-    data_config: ClassVar[type] = ImageConfig
+    data_config: ClassVar[type] = DiffusionImageConfig
     sections: ClassVar[dict[str, type]] = {"average": AverageConfig, "sampling": SampleConfig}
     on_host: ClassVar[frozenset[str]] = frozenset({"drop_path"})
 
     def __init__(self, config: RunConfig, *, mesh: Mesh, device: torch.device) -> None:
         super().__init__(config, mesh=mesh, device=device)
-        self._data: ImageData | None = None
+        self._data: DiffusionImageData | None = None
         self._average: WeightAverage | None = None
 
     @classmethod
@@ -72,13 +72,13 @@ class DiffusionTask(Task):
             if value != 1:
                 raise BadInput(f"parallel.{name}={value}: must be 1, task=diffusion does not split")
         # Every rank checks; one look into every file is enough.
-        ImageData(config.data, config.model, verify=is_first())
+        DiffusionImageData(config.data, config.model, verify=is_first())
 
     @property
-    def data(self) -> ImageData:
+    def data(self) -> DiffusionImageData:
         """Opened at first use, so that a model can be built where there are no data."""
         if self._data is None:
-            self._data = ImageData(self.config.data, self.config.model, verify=False)
+            self._data = DiffusionImageData(self.config.data, self.config.model, verify=False)
         return self._data
 
     def build_model(self) -> nn.Module:

@@ -15,6 +15,7 @@ from parallel.mesh import Mesh
 _TASKS = {
     "language_model": "launch.tasks.language_model:LanguageModelTask",
     "diffusion": "launch.tasks.diffusion:DiffusionTask",
+    "image_classification": "launch.tasks.image_classification:ImageClassificationTask",
 }
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from adaptive.models import DiffusionConfig
-from launch.data.images import ImageConfig, ImageData, tile, to_pixels
+from launch.data.images import DiffusionImageConfig, ImageConfig, ImageData, tile, to_pixels
 from launch.run.averaging import AverageConfig
 from launch.run.errors import BadInput
 
@@ -215,7 +215,7 @@ def test_the_digits_need_their_own_shape() -> None:
     [
         (lambda: AverageConfig(decay=1.0), r"decay=1.0: must be in \[0, 1\)"),
         (lambda: ImageConfig(path=""), "path='': must name a file or folder"),
-        (lambda: ImageConfig(class_drop=2), r"class_drop=2: must be in \[0, 1\]"),
+        (lambda: DiffusionImageConfig(class_drop=2), r"class_drop=2: must be in \[0, 1\]"),
         (lambda: ImageConfig(validation_fraction=1), r"validation_fraction=1: must be in \[0, 1\)"),
     ],
 )

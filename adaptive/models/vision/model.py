@@ -143,6 +143,7 @@ class VisionTransformer(nn.Module):
         self.layers = nn.ModuleList(
             build_layer(config, index, mesh) for index in range(config.num_layers)
         )
+        self.register_load_state_dict_pre_hook(_rename_layers)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.head = Linear(config.dim, config.num_classes)
 
@@ -213,6 +214,17 @@ class VisionTransformer(nn.Module):
             if isinstance(layer, TokenMerging):
                 work = layer.merged(count, work)
         count(self.head, work.of_samples)
+
+
+def _rename_layers(model: nn.Module, weights: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Weights of a model whose layers merge are those of one whose do not, and the other way."""
+    assert isinstance(model, VisionTransformer)
+    for index, layer in enumerate(model.layers):
+        plain = f"{prefix}layers.{index}."
+        wanted = f"{plain}layer." if isinstance(layer, TokenMerging) else plain
+        for name in [name for name in weights if name.startswith(plain)]:
+            rest = name.removeprefix(plain).removeprefix("layer.")
+            weights[wanted + rest] = weights.pop(name)
 
 
 def build_layer(config: VisionConfig, index: int, mesh: Mesh) -> nn.Module:

@@ -157,6 +157,17 @@ def test_attention_received_is_the_mean_of_the_weights() -> None:
         torch.testing.assert_close(received, torch.cat(expected), rtol=0, atol=1e-15)
 
 
+def test_weights_load_whether_layers_merge_or_not() -> None:
+    dense, merging = model_of(SMALL), model_of(SMALL, kind="bsm", amount=0)
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter)
+    merging.load_state_dict(dense.state_dict())
+    assert torch.equal(merging(images()), dense(images()))
+    back = model_of(SMALL)
+    back.load_state_dict(merging.state_dict())
+    assert torch.equal(back(images()), dense(images()))
+
+
 def test_amounts_over_depth() -> None:
     def amounts(**options: object) -> list:
         return TokenMergingConfig(**options).amounts(4)
