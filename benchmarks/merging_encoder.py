@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive import RoutingRecord, RoutingTape, TokenLayout, TokenMergingConfig
+from adaptive.blocks.protocol import MergingContext
 from adaptive.blocks.token_merging import Heads, TokenMerging
 from adaptive.flops import FlopCounter, Work, executed_flops
 from adaptive.ops.merge import unmerge
@@ -90,7 +91,7 @@ class MergingEncoder(nn.Module):
         self.embeddings = bert.embeddings
         heads, layers = bert.config.num_attention_heads, bert.encoder.layer
         self.layers = nn.ModuleList(
-            config.wrap(BertLayer(layer, heads), index=index, num_layers=len(layers))
+            config.build(MergingContext(index, len(layers)), BertLayer(layer, heads))
             for index, layer in enumerate(layers)
         )
 

@@ -18,6 +18,7 @@ from adaptive.blocks.protocol import LayerContext, Linears, Method, Place, Route
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.blocks.sprint import SparseDenseFusionConfig
+from adaptive.blocks.token_merging import TokenMergingConfig
 
 __all__ = [
     "METHODS",
@@ -38,6 +39,7 @@ METHODS: tuple[type[Method], ...] = (
     AdaptiveComputationConfig,
     MixtureOfDepthsConfig,
     SkipLayerConfig,
+    TokenMergingConfig,
     SparseDenseFusionConfig,
 )
 """Registered methods follow those of the library, so they stand outermost at their place.

@@ -15,7 +15,7 @@ from adaptive.blocks.feed_forward import MakeLinear
 from adaptive.ops.flop_counter import FlopCounter, Work
 from parallel.mesh import Mesh
 
-Place = Literal["linear", "feed_forward", "layer", "sequence"]
+Place = Literal["linear", "feed_forward", "layer", "merging", "sequence"]
 MakeFeedForward = Callable[[int], nn.Module]
 """Hidden width -> a feed-forward, called as `ffn(x_TD, layout=…)`, that returns the update."""
 
@@ -73,6 +73,20 @@ class SequenceContext:
 
 
 @dataclass(frozen=True)
+class MergingContext:
+    """Between the halves of which layer tokens become fewer.
+
+    Attributes:
+        layer, num_layers: index of the layer; how many there are.
+        protected: tokens at the beginning of every sequence that must stay.
+    """
+
+    layer: int
+    num_layers: int
+    protected: int = 0
+
+
+@dataclass(frozen=True)
 class Method:
     """A method's configuration: what a user writes under `model.<name>`.
 
@@ -82,7 +96,8 @@ class Method:
     Class attributes:
         name: its key in the section `model` of a recipe.
         place: what it replaces: "linear" (the linear layers), "feed_forward", "layer" (wraps a
-            whole layer), "sequence" (the layers of a network).
+            whole layer), "merging" (between a layer's halves fewer tokens leave than came),
+            "sequence" (the layers of a network).
         blocks: its public modules.
         excludes: names of methods, or places, that it cannot stand beside in one model.
         sees_every_token: whether what is inside is given every token.
@@ -99,10 +114,12 @@ class Method:
         """What stands at the method's place.
 
         Args:
-            context: where: a LayerContext, or for a "sequence" a SequenceContext.
+            context: where: a LayerContext, for "merging" a MergingContext, for a "sequence" a
+                SequenceContext.
             inner: what would stand there without it: "linear": Linears, and Linears are returned;
                 "feed_forward": a MakeFeedForward, and a feed-forward of width `context.ffn_dim` is
                 returned; "layer": a module that maps tokens to updated tokens, as the result does;
+                "merging": a layer in two halves (`adaptive.blocks.token_merging.MergeableLayer`);
                 "sequence": the layers.
         """
         raise NotImplementedError

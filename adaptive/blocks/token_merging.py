@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from adaptive.blocks.protocol import MergingContext, Method, Place, RoutedBlock
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.merge import merge
 from adaptive.routing.grouping import Grouping
@@ -62,9 +63,165 @@ class MergeableLayer(Protocol):
         ...
 
 
+class TokenMerging(RoutedBlock):
+    """Wraps a layer in two halves (`MergeableLayer`): tokens merge between them, for good.
+
+    `forward(x_TD, layout=…, sizes=None) -> (x_GD, grouping)`: what is left of the tokens and who is
+    in which group. The next layer takes `grouping.layout` and `grouping.sizes`. With an amount of 0
+    the layer computes what it computes alone, bit for bit, and returns the grouping None.
+
+    Gradients go through the averages; the matching has none.
+
+    Args:
+        layer: `attend` and `feed_forward`.
+        kind, amount, threshold, margin, proportional: see TokenMergingConfig.
+        protected: tokens at the beginning of every sequence that never merge (a class token).
+
+    Sources: ToMe, arXiv 2210.09461; PiToMe, arXiv 2405.16148; A-ToMe, arXiv 2306.16009; MCTF,
+    arXiv 2403.10030. Where their code deviates from them: docs/token_merging.md.
+    """
+
+    kind = "token_merging"
+    causal = False
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        kind: Kind = "bsm",
+        amount: Amount | None = 8,
+        threshold: float | None = None,
+        margin: float = 0.9,
+        proportional: bool = True,
+        protected: int = 0,
+    ) -> None:
+        super().__init__()
+        TokenMergingConfig(
+            kind=kind, amount=amount, threshold=threshold, margin=margin, proportional=proportional
+        )
+        self.layer: Any = layer
+        self.matching, self.amount, self.threshold = kind, amount, threshold
+        self.margin, self.proportional, self.protected = margin, proportional, protected
+
+    def forward(
+        self, x_TD: Tensor, *, layout: TokenLayout, sizes: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Grouping | None]:
+        """Attention over all tokens, merging, feed-forward over the groups.
+
+        Args:
+            x_TD: [T, D], packed.
+            layout: of the tokens.
+            sizes: float [T], what each stands for after earlier merging; None: 1, nothing merged.
+            kwargs: for the layer's `attend`.
+        """
+        bias = None if sizes is None or not self.proportional else sizes.log()
+        x_TD, heads = self.layer.attend(x_TD, layout=layout, key_bias=bias, **kwargs)
+        grouping = None
+        if self.amount != 0 or self.threshold is not None:
+            grouping = decide(lambda: self.match(heads, layout, sizes))
+            x_TD = merge(x_TD, sizes, grouping)
+        self._record(layout, grouping)
+        return self.layer.feed_forward(x_TD), grouping
+
+    @torch.no_grad()
+    def match(self, heads: Heads, layout: TokenLayout, sizes: Tensor | None) -> Grouping:
+        """Who merges with whom. Compared are keys before rotation, mean over all heads."""
+        metric_TC = self.layer.mean_over_heads(heads.unrotated_keys)
+        options: dict[str, Any] = {"amount": self.amount}
+        if self.protected:
+            first = layout.cu_seqlens[:-1].long()[layout.sequence_ids]
+            place_T = torch.arange(layout.tokens, device=first.device) - first
+            options["protected_T"] = place_T < self.protected
+        if self.matching == "random":
+            # Draws are of the metric's device and dtype, and of every rank alike.
+            draws_T = torch.rand(layout.tokens, device=metric_TC.device)
+            return random_pairs(metric_TC, layout, sizes, draws_T=draws_T, **options)
+        if self.matching in ("bsm", "adjacent"):
+            match = bsm if self.matching == "bsm" else adjacent
+            return match(metric_TC, layout, sizes, threshold=self.threshold, **options)
+        if self.matching == "mctf":
+            attention_T = self.layer.mean_over_heads(
+                attention_received(heads.queries, heads.keys, layout)[..., None]
+            ).squeeze(-1)
+            return mctf(metric_TC, layout, sizes, attention_T=attention_T, **options)
+        form: Any = "text" if self.matching == "pitome_text" else "image"
+        return pitome(metric_TC, layout, sizes, margin=self.margin, form=form, **options)
+
+    def _record(self, layout: TokenLayout, grouping: Grouping | None) -> None:
+        tape = current_tape()
+        if tape is None:
+            return
+        lengths_B = layout.cu_seqlens.diff()
+        record = RoutingRecord(
+            name="",
+            kind=self.kind,
+            tokens=layout.tokens,
+            executed=layout.tokens if grouping is None else grouping.groups,
+            executed_lengths=lengths_B if grouping is None else grouping.cu_seqlens.diff(),
+        )
+        if isinstance(self.amount, float):
+            record.planned_share = 1 - self.amount
+        if grouping is not None:
+            # Who stands for its group, and how much the largest group stands for.
+            assert grouping.representatives is not None
+            stands_T = torch.zeros(layout.tokens, dtype=torch.bool, device=grouping.group.device)
+            record.chosen = stands_T.index_fill(0, grouping.representatives, True)
+            if grouping.groups:
+                record.statistics["largest_group"] = grouping.sizes.amax().detach()
+        tape.record(self, record)
+
+    def merged(self, count: FlopCounter, work: Work) -> Work:
+        """The work on what is left of some tokens: the feed-forward's, and the next layer's."""
+        if self.amount is None:
+            planned = work  # a threshold promises nothing
+        else:
+            most_B = torch.floor(work.tokens / 2)
+            if self.matching == "adjacent":
+                most_B = (work.tokens - 1).clamp(min=0)
+            wanted_B = torch.full_like(work.tokens, float(self.amount))
+            if isinstance(self.amount, float):
+                wanted_B = torch.floor(work.tokens * self.amount + 1e-9)
+            left_B = work.tokens - torch.minimum(wanted_B, most_B)
+            planned = Work(left_B, left_B, left_B, work.sequences)
+        return count.chosen(self, planned=planned, dense=work)
+
+    def count_flops(self, count: FlopCounter, work: Work) -> None:
+        """Attention over all, the comparison of keys, the feed-forward over what is left."""
+        count(self.layer.attention, work)
+        if self.amount != 0 or self.threshold is not None:
+            self._count_matching(count, work)
+        count(self.layer.ffn, self.merged(count, work))
+
+    def _count_matching(self, count: FlopCounter, work: Work) -> None:
+        attention = self.layer.attention
+        if self.matching == "bsm":
+            odd_B = torch.floor(work.tokens / 2)
+            sides = Work(work.tokens - odd_B, odd_B, odd_B, work.sequences)
+            count.comparison(attention.head_dim, sides)
+        elif self.matching in ("pitome", "pitome_text", "mctf"):
+            count.comparison(attention.head_dim, work)
+        if self.matching == "mctf":
+            count.comparison(attention.head_dim * attention.num_heads, work)
+
+
+def attention_received(q_THh: Tensor, k_THh: Tensor, layout: TokenLayout) -> Tensor:
+    """[T, H]: the attention that each token receives, mean over the queries of its sequence."""
+    shape = (layout.batch_size, layout.max_seqlen)
+    scale = q_THh.shape[-1] ** -0.5
+    if layout.uniform:
+        q, k = (x.unflatten(0, shape).transpose(1, 2) for x in (q_THh, k_THh))
+        return (q @ k.transpose(2, 3) * scale).softmax(-1).mean(2).transpose(1, 2).flatten(0, 1)
+    lengths = layout.cu_seqlens.diff().tolist()
+    received = []
+    for q, k in zip(q_THh.split(lengths), k_THh.split(lengths), strict=True):
+        scores_HQK = q.transpose(0, 1) @ k.permute(1, 2, 0) * scale
+        received.append(scores_HQK.softmax(-1).mean(1).t())
+    return torch.cat(received)
+
+
 @dataclass(frozen=True)
-class TokenMergingConfig:
-    """Which tokens merge in which layers.
+class TokenMergingConfig(Method):
+    """Like tokens become one between a layer's halves.
 
     Attributes:
         kind: "bsm" (ToMe), "pitome" and "pitome_text" (its two forms), "adjacent" (neighbours),
@@ -79,7 +236,9 @@ class TokenMergingConfig:
             off for models that were trained with merging.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    name: ClassVar[str] = "token_merging"
+    place: ClassVar[Place] = "merging"
+    blocks: ClassVar[tuple[type[nn.Module], ...]] = (TokenMerging,)
 
     kind: Kind = "bsm"
     amount: Amount | None = 8
@@ -115,170 +274,14 @@ class TokenMergingConfig:
             return [int(amount) for amount in amounts]
         return [min(amount, 0.999) for amount in amounts]
 
-    def wrap(
-        self, layer: nn.Module, *, index: int, num_layers: int, protected: int = 0
-    ) -> TokenMerging:
-        """The layer `index` of `num_layers`, merging; `protected` tokens begin a sequence."""
-        margin = self.margin * (1 - index / max(num_layers - 1, 1))
+    def build(self, context: MergingContext, inner: nn.Module) -> TokenMerging:
+        """The layer, merging."""
+        layer, num_layers = context.layer, context.num_layers
+        options = self.options(without=("amount", "inflection", "margin"))
         return TokenMerging(
-            layer,
-            kind=self.kind,
-            amount=self.amounts(num_layers)[index],
-            threshold=self.threshold,
-            margin=margin,
-            proportional=self.proportional,
-            protected=protected,
+            inner,
+            amount=self.amounts(num_layers)[layer],
+            margin=self.margin * (1 - layer / max(num_layers - 1, 1)),
+            protected=context.protected,
+            **options,
         )
-
-
-class TokenMerging(nn.Module):
-    """Wraps a layer in two halves (`MergeableLayer`): tokens merge between them, for good.
-
-    `forward(x_TD, layout=…, sizes=None) -> (x_GD, grouping)`: what is left of the tokens and who is
-    in which group. The next layer takes `grouping.layout` and `grouping.sizes`. With an amount of 0
-    the layer computes what it computes alone, bit for bit, and returns the grouping None.
-
-    Gradients go through the averages; the matching has none.
-
-    Args:
-        layer: `attend` and `feed_forward`.
-        kind, amount, threshold, margin, proportional: see TokenMergingConfig.
-        protected: tokens at the beginning of every sequence that never merge (a class token).
-
-    Sources: ToMe, arXiv 2210.09461; PiToMe, arXiv 2405.16148; A-ToMe, arXiv 2306.16009; MCTF,
-    arXiv 2403.10030. Where their code deviates from them: docs/token_merging.md.
-    """
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        *,
-        kind: Kind = "bsm",
-        amount: Amount | None = 8,
-        threshold: float | None = None,
-        margin: float = 0.9,
-        proportional: bool = True,
-        protected: int = 0,
-    ) -> None:
-        super().__init__()
-        TokenMergingConfig(
-            kind=kind, amount=amount, threshold=threshold, margin=margin, proportional=proportional
-        )
-        self.layer: Any = layer
-        self.kind, self.amount, self.threshold = kind, amount, threshold
-        self.margin, self.proportional, self.protected = margin, proportional, protected
-
-    def forward(
-        self, x_TD: Tensor, *, layout: TokenLayout, sizes: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Grouping | None]:
-        """Attention over all tokens, merging, feed-forward over the groups.
-
-        Args:
-            x_TD: [T, D], packed.
-            layout: of the tokens.
-            sizes: float [T], what each stands for after earlier merging; None: 1, nothing merged.
-            kwargs: for the layer's `attend`.
-        """
-        bias = None if sizes is None or not self.proportional else sizes.log()
-        x_TD, heads = self.layer.attend(x_TD, layout=layout, key_bias=bias, **kwargs)
-        grouping = None
-        if self.amount != 0 or self.threshold is not None:
-            grouping = decide(lambda: self.match(heads, layout, sizes))
-            x_TD = merge(x_TD, sizes, grouping)
-        self._record(layout, grouping)
-        return self.layer.feed_forward(x_TD), grouping
-
-    @torch.no_grad()
-    def match(self, heads: Heads, layout: TokenLayout, sizes: Tensor | None) -> Grouping:
-        """Who merges with whom. Compared are keys before rotation, mean over all heads."""
-        metric_TC = self.layer.mean_over_heads(heads.unrotated_keys)
-        options: dict[str, Any] = {"amount": self.amount}
-        if self.protected:
-            first = layout.cu_seqlens[:-1].long()[layout.sequence_ids]
-            place_T = torch.arange(layout.tokens, device=first.device) - first
-            options["protected_T"] = place_T < self.protected
-        if self.kind == "random":
-            # Draws are of the metric's device and dtype, and of every rank alike.
-            draws_T = torch.rand(layout.tokens, device=metric_TC.device)
-            return random_pairs(metric_TC, layout, sizes, draws_T=draws_T, **options)
-        if self.kind in ("bsm", "adjacent"):
-            match = bsm if self.kind == "bsm" else adjacent
-            return match(metric_TC, layout, sizes, threshold=self.threshold, **options)
-        if self.kind == "mctf":
-            attention_T = self.layer.mean_over_heads(
-                attention_received(heads.queries, heads.keys, layout)[..., None]
-            ).squeeze(-1)
-            return mctf(metric_TC, layout, sizes, attention_T=attention_T, **options)
-        form: Any = "text" if self.kind == "pitome_text" else "image"
-        return pitome(metric_TC, layout, sizes, margin=self.margin, form=form, **options)
-
-    def _record(self, layout: TokenLayout, grouping: Grouping | None) -> None:
-        tape = current_tape()
-        if tape is None:
-            return
-        lengths_B = layout.cu_seqlens.diff()
-        record = RoutingRecord(
-            name="",
-            kind="token_merging",
-            tokens=layout.tokens,
-            executed=layout.tokens if grouping is None else grouping.groups,
-            executed_lengths=lengths_B if grouping is None else grouping.cu_seqlens.diff(),
-        )
-        if isinstance(self.amount, float):
-            record.planned_share = 1 - self.amount
-        if grouping is not None:
-            # Who stands for its group, and how much the largest group stands for.
-            assert grouping.representatives is not None
-            stands_T = torch.zeros(layout.tokens, dtype=torch.bool, device=grouping.group.device)
-            record.chosen = stands_T.index_fill(0, grouping.representatives, True)
-            if grouping.groups:
-                record.statistics["largest_group"] = grouping.sizes.amax().detach()
-        tape.record(self, record)
-
-    def merged(self, count: FlopCounter, work: Work) -> Work:
-        """The work on what is left of some tokens: the feed-forward's, and the next layer's."""
-        if self.amount is None:
-            planned = work  # a threshold promises nothing
-        else:
-            most_B = torch.floor(work.tokens / 2)
-            if self.kind == "adjacent":
-                most_B = (work.tokens - 1).clamp(min=0)
-            wanted_B = torch.full_like(work.tokens, float(self.amount))
-            if isinstance(self.amount, float):
-                wanted_B = torch.floor(work.tokens * self.amount + 1e-9)
-            left_B = work.tokens - torch.minimum(wanted_B, most_B)
-            planned = Work(left_B, left_B, left_B, work.sequences)
-        return count.chosen(self, planned=planned, dense=work)
-
-    def count_flops(self, count: FlopCounter, work: Work) -> None:
-        """Attention over all, the comparison of keys, the feed-forward over what is left."""
-        count(self.layer.attention, work)
-        if self.amount != 0 or self.threshold is not None:
-            self._count_matching(count, work)
-        count(self.layer.ffn, self.merged(count, work))
-
-    def _count_matching(self, count: FlopCounter, work: Work) -> None:
-        attention = self.layer.attention
-        if self.kind == "bsm":
-            odd_B = torch.floor(work.tokens / 2)
-            sides = Work(work.tokens - odd_B, odd_B, odd_B, work.sequences)
-            count.comparison(attention.head_dim, sides)
-        elif self.kind in ("pitome", "pitome_text", "mctf"):
-            count.comparison(attention.head_dim, work)
-        if self.kind == "mctf":
-            count.comparison(attention.head_dim * attention.num_heads, work)
-
-
-def attention_received(q_THh: Tensor, k_THh: Tensor, layout: TokenLayout) -> Tensor:
-    """[T, H]: the attention that each token receives, mean over the queries of its sequence."""
-    shape = (layout.batch_size, layout.max_seqlen)
-    scale = q_THh.shape[-1] ** -0.5
-    if layout.uniform:
-        q, k = (x.unflatten(0, shape).transpose(1, 2) for x in (q_THh, k_THh))
-        return (q @ k.transpose(2, 3) * scale).softmax(-1).mean(2).transpose(1, 2).flatten(0, 1)
-    lengths = layout.cu_seqlens.diff().tolist()
-    received = []
-    for q, k in zip(q_THh.split(lengths), k_THh.split(lengths), strict=True):
-        scores_HQK = q.transpose(0, 1) @ k.permute(1, 2, 0) * scale
-        received.append(scores_HQK.softmax(-1).mean(1).t())
-    return torch.cat(received)

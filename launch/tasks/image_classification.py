@@ -89,7 +89,7 @@ class ImageClassificationTask(Task):
 
     def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:
         """Of held-out images, which patches stood for others after each layer that merges."""
-        if self.config.model.token_merging is None or not self.validation_rows:
+        if not self.config.model.methods or not self.validation_rows:
             return
         records: list[RoutingRecord] = []
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
@@ -15,7 +16,15 @@ from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer import SkipLayerConfig
-from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTransformer
+from adaptive.blocks.token_merging import TokenMergingConfig
+from adaptive.models import (
+    Decoder,
+    DecoderConfig,
+    DiffusionConfig,
+    DiffusionTransformer,
+    VisionConfig,
+    VisionTransformer,
+)
 from adaptive.models.diffusion.flow_matching import Draws, draw, flow_matching_loss
 from adaptive.routing.gumbel import GumbelSchedule
 from adaptive.routing.layout import TokenLayout
@@ -127,6 +136,16 @@ for _method in methods("linear", "feed_forward", "layer"):
     FAMILIES.setdefault(_method.name, LanguageModel(TINY.with_method(_method())))
 
 
+def draw_weights(model: nn.Module, whole: nn.Module, mesh: Mesh) -> None:
+    """Random weights, nothing left at zero: this rank's parts of what `whole` would have."""
+    generator = torch.Generator().manual_seed(2)
+    for own, full in zip(model.parameters(), whole.parameters(), strict=True):
+        value = torch.randn(full.shape, generator=generator) * 0.1
+        if is_split(own):
+            value = value.chunk(mesh.tensor, own.partition_dim)[mesh.tensor_rank]  # type: ignore[attr-defined]
+        own.data.copy_(value)
+
+
 @dataclass(frozen=True)
 class FlowMatching:
     """SPRINT's diffusion transformer, nothing left at zero, on random images, kept tokens and
@@ -148,12 +167,7 @@ class FlowMatching:
             mask_token="learnt",
         )
         model, whole = (DiffusionTransformer(config, mesh=m) for m in (mesh, Mesh.single()))
-        draw_ = torch.Generator().manual_seed(2)
-        for own, full in zip(model.parameters(), whole.parameters(), strict=True):
-            value = torch.randn(full.shape, generator=draw_) * 0.1
-            if is_split(own):
-                value = value.chunk(mesh.tensor, own.partition_dim)[mesh.tensor_rank]  # type: ignore[attr-defined]
-            own.data.copy_(value)
+        draw_weights(model, whole, mesh)
         return model
 
     def batch(self, step: int) -> Batch:
@@ -176,15 +190,50 @@ class FlowMatching:
             yield loss * share.mesh.replicas * share.micro_batches / share.tokens
 
 
-SUBJECTS: dict[str, LanguageModel | FlowMatching] = {**FAMILIES, "sprint": FlowMatching()}
+@dataclass(frozen=True)
+class Images:
+    """A vision transformer whose tokens merge, on random images."""
+
+    rows: int = 8
+
+    def build(self, mesh: Mesh) -> VisionTransformer:
+        config = VisionConfig(
+            image_size=8, channels=1, patch_size=2, num_classes=5, dim=32, num_layers=2, num_heads=4
+        )
+        config = config.with_method(TokenMergingConfig(amount=4))
+        model, whole = (VisionTransformer(config, mesh=m) for m in (mesh, Mesh.single()))
+        draw_weights(model, whole, mesh)
+        return model
+
+    def batch(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(self.rows, 1, 8, 8, generator=generator)
+        return {"images": images, "labels": torch.arange(self.rows) % 5}
+
+    def tokens(self, step: int) -> int:
+        return self.rows
+
+    def losses(
+        self, model: nn.Module, micro_batches: Sequence[Batch], share: Share
+    ) -> Iterator[Tensor]:
+        for batch in micro_batches:
+            loss = F.cross_entropy(model(batch["images"]), batch["labels"], reduction="sum")
+            yield loss * share.mesh.replicas * share.micro_batches / share.tokens
+
+
+SUBJECTS: dict[str, LanguageModel | FlowMatching | Images] = {
+    **FAMILIES,
+    "sprint": FlowMatching(),
+    "token_merging": Images(),
+}
 
 
 def splits_on(subject: str, degrees: Mapping[str, object]) -> bool:
     """Whether the subject's model can be split that way."""
     if subject in FAMILIES:
         return degrees.get("tensor") != 4 or FAMILIES[subject].config.kv_heads % 4 == 0
-    # A diffusion transformer takes neither context nor expert ranks.
-    return set(degrees) <= {"tensor", "sequence_parallel"}
+    # Neither takes context or expert ranks, and a vision transformer no sequence parallelism.
+    return set(degrees) <= ({"tensor", "sequence_parallel"} if subject == "sprint" else {"tensor"})
 
 
 def mixture_of_depths() -> LanguageModel:

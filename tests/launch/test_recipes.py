@@ -47,7 +47,8 @@ def test_a_script_shows_its_plan_with_the_python_it_is_given(tmp_path: Path) -> 
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    command, plan = done.stdout.splitlines()
+    # A slow machine is told what is being done meanwhile.
+    command, plan = [x for x in done.stdout.splitlines() if not x.endswith(" …")]
     assert command.startswith(f"{sys.executable} -m deepspeed.launcher.runner")
     assert "--num_gpus 4" in command
     assert "4 data ranks x 1 micro-batches" in plan

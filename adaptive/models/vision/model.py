@@ -11,7 +11,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from adaptive.blocks.token_merging import TokenMerging, TokenMergingConfig
+from adaptive.blocks.method import MethodHost, takes_methods
+from adaptive.blocks.protocol import MergingContext
+from adaptive.blocks.token_merging import TokenMerging
 from adaptive.models.diffusion.layers import AxialRotary, patchify
 from adaptive.models.vision.layers import VisionLayer
 from adaptive.ops.flop_counter import FlopCounter, Work
@@ -26,8 +28,9 @@ Pooling = Literal["class_token", "mean"]
 Positions = Literal["learned", "rotary"]
 
 
+@takes_methods("merging")
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(MethodHost):
     """Everything that decides a vision transformer's parameters.
 
     Attributes:
@@ -41,7 +44,6 @@ class VisionConfig:
             size where they were merged.
         positions: "learned", added to every token, or "rotary", 2-D, in attention.
         norm_eps: of the layer norms.
-        token_merging: layers in which like tokens become one, or None.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -57,7 +59,6 @@ class VisionConfig:
     pooling: Pooling = "class_token"
     positions: Positions = "learned"
     norm_eps: float = 1e-6
-    token_merging: TokenMergingConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -89,6 +90,7 @@ class VisionConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: must be {' or '.join(get_args(allowed))}"
                 )
+        self.check_methods(self.num_layers)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -229,7 +231,7 @@ def _rename_layers(model: nn.Module, weights: dict[str, Tensor], prefix: str, *_
 
 def build_layer(config: VisionConfig, index: int, mesh: Mesh) -> nn.Module:
     """Layer `index`, merging where the configuration says so."""
-    layer = VisionLayer(
+    layer: nn.Module = VisionLayer(
         config.dim,
         config.num_heads,
         ffn_dim=config.ffn_width,
@@ -237,8 +239,7 @@ def build_layer(config: VisionConfig, index: int, mesh: Mesh) -> nn.Module:
         prefix=config.prefix,
         mesh=mesh,
     )
-    if config.token_merging is None:
-        return layer
-    return config.token_merging.wrap(
-        layer, index=index, num_layers=config.num_layers, protected=config.prefix
-    )
+    for method in config.methods:
+        context = MergingContext(index, config.num_layers, config.prefix)
+        layer = method.build(context, layer)
+    return layer
