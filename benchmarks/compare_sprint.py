@@ -38,11 +38,11 @@ from measure import machine
 from adaptive.flops import planned_flops
 from adaptive.models import DiffusionTransformer
 from launch.data.images import ImageData
+from launch.generation.images import draw_samples, load_diffusion, sampling_config
+from launch.generation.quality import Judge
 from launch.run.config import load_config
 from launch.run.finished import unfinished
 from launch.run.sections import RunConfig
-from launch.sampling.images import draw_samples, load_diffusion, sampling_config
-from launch.sampling.quality import Judge
 from launch.tasks.diffusion import DiffusionTask
 from launch.train import run
 from parallel.mesh import Mesh

@@ -24,10 +24,10 @@ from adaptive.models.decoder.generate import (
 from adaptive.models.decoder.model import Decoder
 from launch.checkpoint.models import SavedDecoder, add_checkpoint, add_device, load_decoder
 from launch.data.text import Tokenizer
+from launch.generation import depth
+from launch.generation.text import RoutingWriter, TextWriter
 from launch.run.errors import BadInput, OneLineParser, program
 from launch.run.options import check_counts, check_seed
-from launch.sampling import depth
-from launch.sampling.text import RoutingWriter, TextWriter
 
 _CALIBRATION_ROWS = 16
 

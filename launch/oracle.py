@@ -16,7 +16,7 @@ import torch
 
 from adaptive.models.decoder.oracle import Found, OracleReport, search
 from launch.checkpoint.models import add_checkpoint, load_decoder
-from launch.run.errors import BadInput, OneLineParser, blamed, program
+from launch.run.errors import BadInput, OneLineParser, as_bad_input, program
 from launch.run.options import check_counts
 from launch.run.writable import check_file
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     # The last tokens of the row have the longest texts before them.
     last = ids_S.shape[0] - 1
     positions = range(max(last - options.tokens, 0), last)
-    with blamed(options.checkpoint):
+    with as_bad_input(options.checkpoint):
         report = search(
             saved.model,
             ids_S,

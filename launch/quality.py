@@ -17,16 +17,16 @@ import torch
 
 from adaptive.models.diffusion.samplers import SamplingConfig
 from launch.data.images import ImageData
-from launch.run.errors import BadInput, OneLineParser, program
-from launch.run.options import check_counts, check_seed
-from launch.run.writable import check_file
-from launch.sampling.images import (
+from launch.generation.images import (
     add_sampling_options,
     draw_samples,
     load_diffusion,
     sampling_config,
 )
-from launch.sampling.quality import FEATURES, Judge
+from launch.generation.quality import FEATURES, Judge
+from launch.run.errors import BadInput, OneLineParser, program
+from launch.run.options import check_counts, check_seed
+from launch.run.writable import check_file
 
 
 @program

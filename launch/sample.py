@@ -11,10 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.run.errors import BadInput, OneLineParser, program
-from launch.run.options import check_counts, check_seed
-from launch.run.writable import check_file
-from launch.sampling.images import (
+from launch.generation.images import (
     add_sampling_options,
     draw_samples,
     load_diffusion,
@@ -22,6 +19,9 @@ from launch.sampling.images import (
     write_npz,
     write_png,
 )
+from launch.run.errors import BadInput, OneLineParser, program
+from launch.run.options import check_counts, check_seed
+from launch.run.writable import check_file
 
 
 @program

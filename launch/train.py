@@ -43,7 +43,7 @@ from launch.run.marks import ENDS, FAILED, FINISHED, STOPPED, Marks
 from launch.run.marks import clear as clear_marks
 from launch.run.optimizer import learning_rate_at
 from launch.run.preflight import changed_settings, check_continues, check_run
-from launch.run.progress import Progress, farewell
+from launch.run.progress import Progress, final_summary
 from launch.run.ranks import StopRequest, is_first, join_ranks
 from launch.run.sections import RunConfig
 from launch.run.terminal import announced
@@ -56,7 +56,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(arguments: list[str] | None = None) -> None:
     """One rank of a run."""
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
-    threading.excepthook = _except_of_writers
+    threading.excepthook = _thread_exception_hook
     with exit_on_bad_input(speak=is_first()):
         config = parse(arguments, program="launch/train.py").config
         # On every rank: they end together, rank 0 says why.
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
                 dist.destroy_process_group()
 
 
-def _except_of_writers(args: threading.ExceptHookArgs) -> None:
+def _thread_exception_hook(args: threading.ExceptHookArgs) -> None:
     """What TensorBoard's thread cannot write, `MetricLog` raises again where it can be told."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
@@ -100,7 +100,7 @@ def run(config: RunConfig, marks: Marks | None = None) -> None:
     if is_first():
         print(f"{dist.get_world_size()} ranks have met on {device.type}", flush=True)
     with ExitStack() as held:
-        source = _agreed(lambda: _begin(config, held))
+        source = _found_by_first_rank(lambda: _begin(config, held))
         marks.open(Path(config.output), dist.get_rank())
         stopped = _run_phases(config, source, device, marks)
     marks(STOPPED if stopped else FINISHED, slow=True)
@@ -153,11 +153,11 @@ def _run_phases(config: RunConfig, source: Path | None, device: torch.device, ma
             print(f"stopped at step {state.step} as asked; {how_to_continue(config)}", flush=True)
         task = task_class(config.task)(config, mesh=mesh, device=device)
         print(
-            farewell(
+            final_summary(
                 checkpoint=source,
                 output=Path(config.output),
                 tensorboard=config.monitor.tensorboard,
-                sample=task.sample_command(source),
+                generate=task.generation_command(source),
                 seconds=time.perf_counter() - begun,
             ),
             flush=True,
@@ -225,7 +225,7 @@ def _run_phase(
             seconds=seconds,
             operations=(report.executed_flops, report.nominal_flops),
         )
-        _heed(alarms, config, progress, loss=report.loss)
+        _handle_alarms(alarms, config, progress, loss=report.loss)
         evaluates = _due(number, train.evaluate_every) or number == train.steps
         if evaluates:
             if train.calibrate_rows:
@@ -237,7 +237,7 @@ def _run_phase(
             named = {f"validation/{key}": value for key, value in metrics.items()}
             named |= {"progress/executed_flops": loop.state.executed_flops}
             named |= {"progress/tokens": float(loop.state.tokens)}
-            _heed(monitor.end_evaluation(step, named), config, progress)
+            _handle_alarms(monitor.end_evaluation(step, named), config, progress)
         images = config.monitor.images_every
         if _due(number, images) if images else evaluates:
             marks("pictures", slow=True)
@@ -265,7 +265,7 @@ def _keeps_moments(run_config: RunConfig, state: RunState) -> bool:
     return run_config.phases[state.phase].optimizer == "keep"
 
 
-def _heed(
+def _handle_alarms(
     alarms: Sequence[Alarm], config: RunConfig, progress: Progress, *, loss: float = 0.0
 ) -> None:
     """Say what is wrong; end the run where it cannot go on or is not to."""
@@ -281,7 +281,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _agreed(find: Callable[[], Path | None]) -> Path | None:
+def _found_by_first_rank(find: Callable[[], Path | None]) -> Path | None:
     """What rank 0 finds, on every rank.
 
     Raises:

@@ -18,10 +18,10 @@ import torch
 
 from adaptive.models.decoder.speculative import ExitAdapter, distil_adapter
 from launch.checkpoint.models import add_checkpoint, add_device, load_decoder, training_ids
-from launch.run.errors import OneLineParser, blamed, program
+from launch.generation.depth import save_adapter
+from launch.run.errors import OneLineParser, as_bad_input, program
 from launch.run.options import check_counts, check_positive, check_seed
 from launch.run.writable import check_file
-from launch.sampling.depth import save_adapter
 from launch.tasks.registry import make_task
 
 
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     saved = load_decoder(options.checkpoint, device=options.device)
     model, device = saved.model, saved.model.embedding.weight.device
     torch.manual_seed(options.seed)
-    with blamed("--exit-layer"):
+    with as_bad_input("--exit-layer"):
         adapter = ExitAdapter.of(model, options.exit_layer).to(device)
     train = replace(saved.config.train, seed=options.seed)
     batches = training_ids(make_task(replace(saved.config, train=train)), options.batch_size)

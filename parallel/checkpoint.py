@@ -70,12 +70,12 @@ def save_atomically(
     writing = root / f"{_WRITING}{final.name}"
     rank, size = _rank_and_size(group)
     try:
-        together(lambda: _make_empty(writing) if rank == 0 else None, group=group)
-        together(lambda: write(writing), group=group)
+        collectively(lambda: _make_empty(writing) if rank == 0 else None, group=group)
+        collectively(lambda: write(writing), group=group)
         # Every rank reads back a part of the files: checksums of large shards take time.
-        entries = together(lambda: _entries(writing, rank, size), group=group)
+        entries = collectively(lambda: _entries(writing, rank, size), group=group)
         merged = _gathered(entries, group)
-        together(lambda: _finish(writing, final, merged) if rank == 0 else None, group=group)
+        collectively(lambda: _finish(writing, final, merged) if rank == 0 else None, group=group)
     except Exception:
         if rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
@@ -93,7 +93,7 @@ class FailedElsewhere(RuntimeError):  # noqa: N818 -- named for what it says
     """Another rank could not do its part; the message names it and what it met."""
 
 
-def together(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
+def collectively(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
     """`action()`, if no rank's fails. Collective; in place of a barrier behind the action.
 
     Raises:

@@ -26,7 +26,7 @@ from parallel.mesh import Mesh
 from parallel.parity import check_parity
 
 SIGNATURES: list[tuple[Callable[..., Any], list[str], dict[str, Any]]] = [
-    (LinearRouter, ["dim", "num_experts"], {}),
+    (LinearRouter, ["dim", "num_outputs"], {}),
     (
         HypersphericalRouter,
         ["dim", "num_experts"],

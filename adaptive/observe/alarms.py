@@ -94,9 +94,9 @@ class Alarms:
             for layer, summary in summaries.items()
             for kind, message in self._wrong(step, summary)
         ]
-        return self._begun(of, found)
+        return self._newly_raised(of, found)
 
-    def _begun(self, of: str, found: list[Alarm]) -> list[Alarm]:
+    def _newly_raised(self, of: str, found: list[Alarm]) -> list[Alarm]:
         before = self._standing.get(of, set())
         self._standing[of] = {(alarm.layer, alarm.kind) for alarm in found}
         return [alarm for alarm in found if (alarm.layer, alarm.kind) not in before]

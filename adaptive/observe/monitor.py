@@ -112,7 +112,7 @@ class Monitor:
             written |= _named(summaries, "routing")
             self._start_window()
             self._write(step, written)
-        self._say(alarms)
+        self._log_alarms(alarms)
         return alarms
 
     def due(self, step: int) -> bool:
@@ -132,7 +132,7 @@ class Monitor:
         alarms = self._alarms.check_run(step, scalars)
         alarms += self._alarms.check_routing(step, summaries, of="evaluation")
         self._write(step, {**scalars, **_named(summaries, "validation_routing")})
-        self._say(alarms)
+        self._log_alarms(alarms)
         return alarms
 
     def histograms(self, step: int, records: Sequence[RoutingRecord]) -> None:
@@ -201,7 +201,7 @@ class Monitor:
         if self._log is not None:
             self._log.scalars(step, scalars)
 
-    def _say(self, alarms: Sequence[Alarm]) -> None:
+    def _log_alarms(self, alarms: Sequence[Alarm]) -> None:
         if self._log is not None:
             for alarm in alarms:
                 self._log.alarm(

@@ -98,12 +98,12 @@ class Work:
     @property
     def of_source(self) -> Work:
         """The work on the tokens whose keys and values are computed."""
-        if self.among_themselves:
+        if self.is_self_attention:
             return self
         return Work(self.source, self.source, self.source, self.sequences)
 
     @property
-    def among_themselves(self) -> bool:
+    def is_self_attention(self) -> bool:
         """Whether the computed tokens are also the source of keys and values."""
         return self.source is self.tokens
 
@@ -303,8 +303,8 @@ def _executed(records: Sequence[RoutingRecord], planned: Work) -> Work:
         # Attention inside would need to know of which sequences; without it the sum is exact.
         executed = sum(torch.as_tensor(record.executed).double() for record in records)
         tokens_B = planned.tokens * (executed / planned.tokens.sum().clamp(min=1))
-    source_B = tokens_B if planned.among_themselves else planned.source
-    keys_B = tokens_B if planned.among_themselves else planned.keys
+    source_B = tokens_B if planned.is_self_attention else planned.source
+    keys_B = tokens_B if planned.is_self_attention else planned.keys
     if all(record.key_lengths is not None for record in records):
         keys_B = _joined([record.key_lengths for record in records])
     return Work(tokens_B, source_B, keys_B)

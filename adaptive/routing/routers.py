@@ -25,7 +25,7 @@ class LinearRouter(nn.Module):
 
     Args:
         dim: width D.
-        num_experts: units to score, E (1 for a depth router).
+        num_outputs: scores of a token, E: experts, paths, or 1 where the router scores the token.
         std: of the initial weights.
         mesh: under sequence parallelism, the hidden states are this rank's own tokens.
         bias: add a bias, initially zero. Where a share of *all* tokens must be reached (a
@@ -37,7 +37,7 @@ class LinearRouter(nn.Module):
     def __init__(
         self,
         dim: int,
-        num_experts: int,
+        num_outputs: int,
         *,
         std: float = 0.02,
         bias: bool = False,
@@ -45,13 +45,13 @@ class LinearRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh = Mesh.single() if mesh is None else mesh
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: must be at least 1")
+        if num_outputs < 1:
+            raise ValueError(f"num_outputs={num_outputs}: must be at least 1")
         # Kept apart from the weight, which an engine may shard to nothing between forwards.
-        self.dim, self.num_experts = dim, num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.dim, self.num_outputs = dim, num_outputs
+        self.weight = nn.Parameter(torch.empty(num_outputs, dim))
         nn.init.normal_(self.weight, std=std)
-        self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(num_outputs)) if bias else None
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         weight_ED: Tensor = self.weight
@@ -67,7 +67,7 @@ class LinearRouter(nn.Module):
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """A score of every token for every unit."""
         weight_grad = self.weight.requires_grad
-        count.linear(self.dim, self.num_experts, work, weight_grad=weight_grad)
+        count.linear(self.dim, self.num_outputs, work, weight_grad=weight_grad)
 
 
 def jittered(

@@ -26,7 +26,7 @@ from launch.checkpoint.beginning import begin_run
 from launch.checkpoint.files import named_tensors
 from launch.checkpoint.models import held_out_loss, training_ids
 from launch.conversions.source import add_source, open_source
-from launch.run.errors import BadInput, blamed
+from launch.run.errors import BadInput, as_bad_input
 from launch.run.options import check_counts, check_positive
 from launch.tasks import Task
 
@@ -60,15 +60,15 @@ def convert(options: argparse.Namespace) -> Path:
     loss = held_out_loss(teacher, task, rows=rows, at_once=1)
     print(f"{'teacher':34s} loss {loss:.4f}", flush=True)
     batches = training_ids(task, options.batch_size)
-    with blamed(source.folder):
+    with as_bad_input(source.folder):
         wanted = AdaptiveComputationConfig(num_learners=options.learners, budget=options.budget)
         student = cut(teacher, wanted, list(islice(batches, 4)))
-    tell(student, task, rows, "converted")
+    print_losses_by_learners(student, task, rows, "converted")
     steps = distil(teacher, student, islice(batches, options.distil_steps), **rate)
     for number, error_share in enumerate(steps, start=1):
         if number % 20 == 0 or number == options.distil_steps:
             print(f"distil {number}/{options.distil_steps}  error {error_share:.4f}", flush=True)
-    tell(student, task, rows, "distilled")
+    print_losses_by_learners(student, task, rows, "distilled")
     gate_batches = islice(batches, options.gate_steps)
     gate_steps = train_gates(
         teacher, student, gate_batches, threshold=options.label_threshold, **rate
@@ -89,7 +89,7 @@ def convert(options: argparse.Namespace) -> Path:
     return begin_run(source.config, named_tensors(student), output=output, model=student.config)
 
 
-def tell(student: Decoder, task: Task, rows: int, stage: str) -> None:
+def print_losses_by_learners(student: Decoder, task: Task, rows: int, stage: str) -> None:
     """The held-out loss when every token runs 1, 2, … learners."""
     modules = rows_of_learners(student)
     learners = max(len(module.learners) for module in modules.values())

@@ -24,7 +24,7 @@ from launch.checkpoint.beginning import begin_run
 from launch.checkpoint.files import named_tensors
 from launch.checkpoint.models import held_out_loss, training_ids
 from launch.conversions.source import add_source, open_source
-from launch.run.errors import blamed
+from launch.run.errors import as_bad_input
 from launch.run.options import check_counts
 
 
@@ -42,7 +42,7 @@ def convert(options: argparse.Namespace) -> Path:
     check_counts(options, "batch_size", "rows")
     source = open_source(options)
     task, train = source.task, source.config.train
-    with blamed(source.folder):
+    with as_bad_input(source.folder):
         wanted = SizedFeedForwardConfig(
             budget=options.budget,
             small_ffn_dim=options.small_ffn_dim,

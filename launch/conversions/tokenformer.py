@@ -23,7 +23,7 @@ from launch.checkpoint.beginning import begin_run, check_new_run
 from launch.checkpoint.files import named_tensors, save_tensors
 from launch.checkpoint.models import add_checkpoint, load_decoder
 from launch.run.config import load_config
-from launch.run.errors import BadInput, blamed
+from launch.run.errors import BadInput, as_bad_input
 from launch.run.writable import check_file
 
 
@@ -59,7 +59,7 @@ def load_published(
     """
     check_new_run(output)
     config = load_config(recipe, [f"output={output}"])
-    with blamed(weights):
+    with as_bad_input(weights):
         model = from_tokenformer_state_dict(_read(weights), num_heads=num_heads)
     tensors = {name: _float(tensor) for name, tensor in named_tensors(model).items()}
     return begin_run(config, tensors, output=output, model=model.config)
@@ -73,7 +73,7 @@ def save_published(checkpoint: str, weights: Path) -> Path:
     """
     check_file("weights", weights)
     model = load_decoder(checkpoint).model
-    with blamed(checkpoint):
+    with as_bad_input(checkpoint):
         save_tensors(tokenformer_state_dict(model), weights)
     return weights
 

@@ -132,7 +132,7 @@ class Mixture:
             if name.startswith("mixture/")
         }
         if then == self.weights:
-            return self._going_on(base, row, rows), None
+            return self._continued(base, row, rows), None
         given = {name: counts[1] for name, counts in rows.items()}
         said = [
             f"{name} {then.get(name, 0):g} -> {self.weights.get(name, 0):g}"
@@ -143,7 +143,7 @@ class Mixture:
             f"from row {row} on the sources' weights are others: {', '.join(sorted(said))}"
         )
 
-    def _going_on(self, base: int, row: int, rows: Mapping[str, list[int]]) -> Mixture:
+    def _continued(self, base: int, row: int, rows: Mapping[str, list[int]]) -> Mixture:
         given = {name: counts[0] for name, counts in rows.items()}
         made = Mixture(self.weights, base=base, given=given)
         if row > base:

@@ -261,9 +261,9 @@ class Source:
                 continue
             identity = [FORMAT, file.identity, self.tokenizer.vocab_size]
             key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-            if not self._was_done(f"ids-{key}"):
+            if not self._has_marker(f"ids-{key}"):
                 check_ids(file.path, tokens, self.tokenizer.vocab_size)
-                self._remember(f"ids-{key}")
+                self._write_marker(f"ids-{key}")
             parts.append(tokens)
         if not parts:
             raise BadInput(f"data.path={self.config.path}: no text in it")
@@ -271,10 +271,10 @@ class Source:
         ends = [part.ends + begin for part, begin in zip(parts, begins.tolist(), strict=False)]
         return Tokens(JoinedArrays([part.ids for part in parts]), np.concatenate(ends))
 
-    def _was_done(self, name: str) -> bool:
+    def _has_marker(self, name: str) -> bool:
         return (Path(self.config.cache).expanduser() / name).is_file()
 
-    def _remember(self, name: str) -> None:
+    def _write_marker(self, name: str) -> None:
         """Note in the cache that something was looked at; where it cannot, it is again."""
         done = Path(self.config.cache).expanduser() / name
         with suppress(OSError):

@@ -86,7 +86,7 @@ class Tokenizer:
             special = {token.content for token in added if token.special}
             names = [name for name in _KNOWN_ENDS if name in special]
             # What the tokenizer itself puts behind a text ends it.
-            behind = self._inner.encode("a").ids[-1:] if self._behind else []
+            behind = self._inner.encode("a").ids[-1:] if self._suffix_length else []
             names += [self._inner.id_to_token(token) for token in behind]
         found = [self._inner.token_to_id(name) for name in names if name is not None]
         return next((token for token in found if token is not None), None)
@@ -145,7 +145,7 @@ class Tokenizer:
             ]
         encode = getattr(self._inner, "encode_batch_fast", self._inner.encode_batch)
         encoded = encode([_unicode(text) for text, _, _ in parts])
-        before, behind, out = self._before, self._behind, []
+        before, behind, out = self._prefix_length, self._suffix_length, []
         for (_, first, last), one in zip(parts, encoded, strict=True):
             ids = one.ids
             if not first or behind:
@@ -204,16 +204,16 @@ class Tokenizer:
         if self._inner is None:
             return list(text)
         ids = self._inner.encode(_unicode(text)).ids
-        return ids[: len(ids) - self._behind]
+        return ids[: len(ids) - self._suffix_length]
 
     @cached_property
-    def _behind(self) -> int:
+    def _suffix_length(self) -> int:
         """Tokens put behind a text, counted at one that has some: an empty one tells no ends."""
         added = self._inner.encode("a").special_tokens_mask
         return len(list(itertools.takewhile(bool, reversed(added))))
 
     @cached_property
-    def _before(self) -> int:
+    def _prefix_length(self) -> int:
         return len(list(itertools.takewhile(bool, self._inner.encode("a").special_tokens_mask)))
 
     def token(self, number: int) -> str:

@@ -69,7 +69,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     """
     path = None if path is None else recipe_file(path)
     tree = {} if path is None else with_todays_keys(_read_yaml(path))
-    if path is None or not _left_by_a_run(path):
+    if path is None or not _is_in_run_folder(path):
         trust(_named_code(tree))
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -188,7 +188,7 @@ def _named_code(tree: dict[str, Any]) -> list[str]:
     return [name for name in named if isinstance(name, str)]
 
 
-def _left_by_a_run(path: Path) -> bool:
+def _is_in_run_folder(path: Path) -> bool:
     """Whether a configuration lies in a checkpoint or in a run's folder."""
     beside = ("state.json", "origin.json", "manifest.json", "checkpoints", "model.safetensors")
     return any((path.parent / name).exists() for name in beside)

@@ -43,7 +43,7 @@ def check_deepspeed(section: Mapping[str, Any]) -> None:
     check_zero(section.get("zero_optimization", {}).get("stage", 0))
     if find_spec("deepspeed") is None:
         return
-    with _quiet():
+    with _without_logging():
         known = _known_keys()
         for key in section:
             if key not in known:
@@ -138,8 +138,8 @@ def _check_values(settings: dict[str, Any]) -> None:
             continue
         if isinstance(alone, TypeError | AttributeError) and not isinstance(value, dict):
             raise _no_mapping(f"deepspeed.{key}", value) from None
-        raise BadInput(_told(alone, key)) from None
-    raise BadInput(_told(refused)) from None
+        raise BadInput(_problem_line(alone, key)) from None
+    raise BadInput(_problem_line(refused)) from None
 
 
 def _refusal(settings: dict[str, Any]) -> Exception | None:
@@ -154,7 +154,7 @@ def _refusal(settings: dict[str, Any]) -> Exception | None:
     return None
 
 
-def _told(error: Exception, *section: str) -> str:
+def _problem_line(error: Exception, *section: str) -> str:
     """One line of what DeepSpeed raised, about a section of the section where that is known."""
     path = ".".join(("deepspeed", *section))
     if not isinstance(error, ValidationError):
@@ -224,7 +224,7 @@ def _no_mapping(path: str, value: object) -> BadInput:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_logging() -> Iterator[None]:
     """Keep to itself what DeepSpeed logs: every rank will say it."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -19,7 +19,7 @@ class Failed(RuntimeError):  # noqa: N818 -- named for what it says to the user
 
 
 @contextmanager
-def blamed(about: object) -> Iterator[None]:
+def as_bad_input(about: object) -> Iterator[None]:
     """Turn a library's ValueError into BadInput about a file or an option that the user gave."""
     try:
         yield

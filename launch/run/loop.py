@@ -46,7 +46,7 @@ from launch.run.optimizer import learning_rate_at
 from launch.run.ranks import StopRequest, is_first
 from launch.run.sections import RunConfig
 from launch.tasks import Batch, Task
-from parallel.checkpoint import save_atomically, step_of, together
+from parallel.checkpoint import collectively, save_atomically, step_of
 from parallel.mesh import Mesh
 
 Tensors = dict[str, Tensor]
@@ -224,7 +224,7 @@ class Loop:
             shared = self.task.shared_state(self.engine)
             self._mark("writing weights", slow=True)
             # Rank 0 may fail here, and the engine's part has collectives.
-            together(lambda: self._describe(folder, weights, shared) if is_first() else None)
+            collectively(lambda: self._describe(folder, weights, shared) if is_first() else None)
             self._mark("writing the optimizer", slow=True)
             self.engine.save(folder)
             self._mark("checking what was written", slow=True)

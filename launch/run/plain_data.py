@@ -79,16 +79,16 @@ def plain(config: Any) -> Any:
         value = pending.pop()
         if isinstance(value, dict | list):
             pending += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, str) and "${" in value and _asks(parse(value)):
+        elif isinstance(value, str) and "${" in value and _calls_resolver(parse(value)):
             raise ValueError(f"{value!r}: must be a value or ${{section.key}}, not a resolver")
     return OmegaConf.to_container(config, resolve=True)
 
 
-def _asks(tree: Any) -> bool:
+def _calls_resolver(tree: Any) -> bool:
     """Whether a parsed string calls a resolver anywhere."""
     if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
         return True
-    return any(map(_asks, getattr(tree, "children", None) or ()))
+    return any(map(_calls_resolver, getattr(tree, "children", None) or ()))
 
 
 def _text(path: Path) -> str:

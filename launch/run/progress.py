@@ -95,13 +95,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def farewell(
-    *, checkpoint: Path, output: Path, tensorboard: bool, sample: str | None, seconds: float
+def final_summary(
+    *, checkpoint: Path, output: Path, tensorboard: bool, generate: str | None, seconds: float
 ) -> str:
     """The last lines of a run: where everything is, and what to do next."""
     lines = [f"finished in {clock(seconds)}", f"checkpoint   {checkpoint}"]
     if tensorboard:
         lines.append(f"TensorBoard  {command('tensorboard.main', '--logdir', output)}")
-    if sample is not None:
-        lines.append(f"sample       {sample}")
+    if generate is not None:
+        lines.append(f"generate     {generate}")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ UNBEGUN = "stopped before the first step; the same command starts the run"
 # Of the seconds that a run has to end in: for the system, to end what was killed.
 _SPARE = 3.0
 # Seconds from the last rank's end that the launcher has to end by itself, with that rank's code.
-_FAREWELL = 10.0
+_EXIT_SECONDS = 10.0
 # Seconds between looks at the marks of many ranks, which a network may be between.
 _EVERY = 5.0
 
@@ -121,7 +121,7 @@ class _Supervision:
                 deadline = min(deadline, time.monotonic() + run.stop_seconds - _SPARE)
             if time.monotonic() > deadline:
                 launcher.kill()
-                _say(
+                _print_error(
                     f"the ranks did not save and end within train.stop_seconds={run.stop_seconds:g}"
                     " and were killed; the same command continues from the newest checkpoint"
                 )
@@ -129,14 +129,14 @@ class _Supervision:
             if run.output is not None and time.monotonic() > look:
                 look = time.monotonic() + (_EVERY if run.several_nodes else 0)
                 marks = run.marks()
-                self._note_gone(marks)
+                self._record_ended(marks)
                 if self._is_over(marks):
                     launcher.kill()
                     return self._verdict(1)
                 if not self._failing and self._watch.hangs(marks):
                     said = describe(run.output, marks, self._watch.seconds)
                     launcher.kill()
-                    _say(said)
+                    _print_error(said)
                     return 1
             time.sleep(0.2)
         return self._verdict(code)
@@ -150,9 +150,9 @@ class _Supervision:
         if any(runs_here(mark) for mark in marks.values()):
             return now > self._failing + self._run.stop_seconds
         self._empty = self._empty or now
-        return now > self._empty + _FAREWELL
+        return now > self._empty + _EXIT_SECONDS
 
-    def _note_gone(self, marks: dict[int, Mark]) -> None:
+    def _record_ended(self, marks: dict[int, Mark]) -> None:
         """Remember ranks that ended without saying so, the first first: others end after it."""
         for rank, mark in marks.items():
             if mark.at not in ENDS and rank not in self._gone and not runs_here(mark):
@@ -164,7 +164,7 @@ class _Supervision:
         if run.output is None:
             return code
         marks = run.marks()
-        self._note_gone(marks)
+        self._record_ended(marks)
         ended = marks[0].at if 0 in marks else None
         if code == 0 and ended in (FINISHED, STOPPED):
             return 0
@@ -173,15 +173,15 @@ class _Supervision:
         where = f"tracebacks of the ranks: {run.output / 'errors'}"
         if own:
             first = own[0]
-            _say(f"rank {first} failed first, at step {marks[first].step}; {where}")
+            _print_error(f"rank {first} failed first, at step {marks[first].step}; {where}")
         elif self._gone:
             first, mark = next(iter(self._gone.items()))
-            _say(
+            _print_error(
                 f"rank {first} (process {mark.pid}) was killed, or ended without a word, at step "
                 f"{mark.step} ({mark.at}); the same command continues from the newest checkpoint"
             )
         elif code <= 0:
-            _say(
+            _print_error(
                 "the launcher of the ranks ended before the run did"
                 f"{f', by signal {-code}' if code else ''}; "
                 "the same command continues from the newest checkpoint"
@@ -201,7 +201,7 @@ def runs_here(mark: Mark) -> bool:
         return False
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 

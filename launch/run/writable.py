@@ -38,7 +38,7 @@ def check_file(name: str, path: str | Path, *, makes_folder: bool = False) -> No
         BadInput: one line.
     """
     said, file = f"{name}={path}", Path(path).absolute()
-    with _one_line(said, file):
+    with _as_bad_input(said, file):
         if not str(path).strip() or file.is_dir():
             raise BadInput(f"{said}: must name a file")
         if not makes_folder and not file.parent.is_dir():
@@ -49,7 +49,7 @@ def check_file(name: str, path: str | Path, *, makes_folder: bool = False) -> No
 def _probe(said: str, folder: Path) -> None:
     """Write into the folder, or into the nearest above it that exists."""
     existing = folder
-    with _one_line(said, folder):
+    with _as_bad_input(said, folder):
         while not existing.exists():
             if existing.is_symlink():
                 raise BadInput(f"{said}: {existing} is a link to nothing")
@@ -58,12 +58,12 @@ def _probe(said: str, folder: Path) -> None:
         which = "" if existing == folder else f"{existing} "
         raise BadInput(f"{said}: {which}is a file, must be a folder")
     # Permissions do not tell: root has them all on a read-only disk and in /proc.
-    with _one_line(said, existing), tempfile.TemporaryFile(dir=existing):
+    with _as_bad_input(said, existing), tempfile.TemporaryFile(dir=existing):
         pass
 
 
 @contextmanager
-def _one_line(said: str, place: Path) -> Iterator[None]:
+def _as_bad_input(said: str, place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -169,8 +169,8 @@ class Task(ABC):
     def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:  # noqa: B027
         """Write images or texts at an evaluation. Every rank calls it; rank 0 has the writer."""
 
-    def sample_command(self, checkpoint: Path) -> str | None:
-        """The command that samples from a checkpoint, printed at the end of a run."""
+    def generation_command(self, checkpoint: Path) -> str | None:
+        """The command that generates text or images from a checkpoint, printed at a run's end."""
         return None
 
 

@@ -176,7 +176,7 @@ class DiffusionTask(Task):
         sheet = tile(to_pixels(images), per_class, zoom=max(1, 32 // self.config.model.image_size))
         writer.add_image("samples", sheet, step, dataformats="HWC")
 
-    def sample_command(self, checkpoint: Path) -> str:
+    def generation_command(self, checkpoint: Path) -> str:
         return command("launch.sample", checkpoint, "--png", "samples.png")
 
 

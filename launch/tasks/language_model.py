@@ -179,7 +179,7 @@ class LanguageModelTask(Task):
         texts = [tokenizer.decode([token]) for token in ids_S.tolist()]
         show_routing(engine, ids_S, texts, step, writer, self._probe)
 
-    def sample_command(self, checkpoint: Path) -> str:
+    def generation_command(self, checkpoint: Path) -> str:
         return command("launch.generate", checkpoint, "--prompt", "def ")
 
 

@@ -88,7 +88,7 @@ class _QueriesTravel(torch.autograd.Function):
         out, lse = _empty_attention(q_tHh)
         for step in range(ring.ranks):
             owner = (ring.rank - step) % ring.ranks
-            following = ring.pass_on(held, step)
+            following = ring.send(held, step)
             part = blocks.attend(held, k_sGh, v_sGh, Pair(layout, keys, owner, ring.rank))
             if step:
                 joined = torch.cat([part[0], part[1][..., None]], -1)
@@ -115,7 +115,7 @@ class _QueriesTravel(torch.autograd.Function):
         grad_k, grad_v = torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
         for step in range(ring.ranks):
             owner = (ring.rank - step) % ring.ranks
-            following, following_sums = ring.pass_on(held, step), ring.pass_on(held_sums, step)
+            following, following_sums = ring.send(held, step), ring.send(held_sums, step)
             q_part, grad_part = held.chunk(2, -1)
             lse_part, delta_part = held_sums.unbind(-1)
             pair = Pair(layout, keys, owner, ring.rank)
@@ -145,7 +145,7 @@ class _KeysTravel(torch.autograd.Function):
         held = torch.cat([k_sGh, v_sGh], -1)
         out, lse = _empty_attention(q_tHh)
         for step in range(ring.ranks):
-            following = ring.pass_on(held, step)
+            following = ring.send(held, step)
             k, v = held.chunk(2, -1)
             owner = (ring.rank - step) % ring.ranks
             part = blocks.attend(q_tHh, k, v, Pair(layout, keys, ring.rank, owner))
@@ -168,7 +168,7 @@ class _KeysTravel(torch.autograd.Function):
         sums = torch.zeros_like(wide(held))
         grad_q = torch.zeros_like(out)
         for step in range(ring.ranks):
-            following = ring.pass_on(held, step)
+            following = ring.send(held, step)
             owner = (ring.rank - step) % ring.ranks
             k_part, v_part = held.chunk(2, -1)
             pair = Pair(layout, keys, ring.rank, owner)
@@ -187,7 +187,7 @@ class _Ring:
         self.group, self.sizes = layout.group, layout.sizes
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
 
-    def pass_on(self, held: Tensor, step: int) -> Any:
+    def send(self, held: Tensor, step: int) -> Any:
         """Start sending `held` to the next rank; returns a function that waits for the one to
         come. At the last step nothing moves."""
         if step == self.ranks - 1:

@@ -16,9 +16,9 @@ from launch.checkpoint.files import save_tensors, write_description
 from launch.checkpoint.state import RunState
 from launch.data.text import Tokenizer
 from launch.generate import main
+from launch.generation.text import TextWriter, streaming_decoder
 from launch.run.config import from_mapping
 from launch.run.terminal import visible
-from launch.sampling.text import TextWriter, streaming_decoder
 from parallel.checkpoint import save_atomically
 
 MODEL = {"dim": 32, "num_layers": 4, "num_heads": 4, "max_seq_len": 64}

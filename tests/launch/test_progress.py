@@ -13,7 +13,7 @@ import pytest
 
 from launch.run import progress
 from launch.run.loop import StepReport
-from launch.run.progress import Progress, clock, farewell, rate
+from launch.run.progress import Progress, clock, final_summary, rate
 from launch.run.terminal import announced
 from launch.tasks.diffusion import DiffusionTask
 from launch.tasks.language_model import LanguageModelTask
@@ -74,11 +74,11 @@ def test_what_takes_long_is_said_and_what_is_quick_is_not(
 def test_the_last_lines_are_commands_whatever_the_folder_is_called(task: type) -> None:
     run = Path("my runs/it's one")
     checkpoint = run / "checkpoints" / "step-00000006"
-    sample = task.sample_command(None, checkpoint)
-    lines = farewell(
-        checkpoint=checkpoint, output=run, tensorboard=True, sample=sample, seconds=1.0
+    generate = task.generation_command(None, checkpoint)
+    lines = final_summary(
+        checkpoint=checkpoint, output=run, tensorboard=True, generate=generate, seconds=1.0
     ).splitlines()
     words = {line.split()[0]: shlex.split(line)[1:] for line in lines[2:]}
-    assert words["TensorBoard"][:2] == words["sample"][:2] == [sys.executable, "-m"]
+    assert words["TensorBoard"][:2] == words["generate"][:2] == [sys.executable, "-m"]
     assert words["TensorBoard"][-1] == str(run)
-    assert str(checkpoint) in words["sample"]
+    assert str(checkpoint) in words["generate"]

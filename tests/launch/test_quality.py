@@ -5,7 +5,7 @@ import torch
 
 from adaptive.models import DiffusionConfig
 from launch.data.images import ImageConfig, ImageData
-from launch.sampling.quality import Judge, frechet_distance
+from launch.generation.quality import Judge, frechet_distance
 
 
 def features_with(mean: torch.Tensor, scale: torch.Tensor, count: int = 400) -> torch.Tensor:

@@ -16,8 +16,8 @@ from adaptive.models.decoder.generate import (
     Sampling,
     check_prompts,
     check_whole,
-    going_on,
     non_causal_layers,
+    unfinished_sequences,
 )
 from adaptive.models.decoder.model import Decoder
 from adaptive.routing.layout import TokenLayout
@@ -142,7 +142,7 @@ def generate_at_depth(
     rows: list[list[int]] = [list(prompt) for prompt in prompts]
     drawn: list[list[int]] = [[] for _ in prompts]
     for position in range(max_new_tokens):
-        going = going_on(model, prompts, drawn)
+        going = unfinished_sequences(model, prompts, drawn)
         if not going:
             break
         rows = [row if index in going else [] for index, row in enumerate(rows)]

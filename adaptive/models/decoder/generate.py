@@ -156,7 +156,7 @@ def generate(
         cache,
     )
     for _ in range(max_new_tokens):
-        going = going_on(model, made.prompts, made.tokens)
+        going = unfinished_sequences(model, made.prompts, made.tokens)
         if not going:
             return
         # `no_grad` must not stay entered while the caller has control.
@@ -168,7 +168,7 @@ def generate(
         yield made
 
 
-def going_on(
+def unfinished_sequences(
     model: Decoder, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
 ) -> list[int]:
     """Which sequences have room for another token: the last one need not go through the model."""
