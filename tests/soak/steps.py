@@ -28,7 +28,7 @@ def measure_steps(folder: Path, *, steps: int = 20_000) -> list[dict[str, Any]]:
         monitor={"every": 1, "tensorboard": True},
         deepspeed={"zero_optimization": {"stage": 1}},
     )
-    tree["model"] |= {"dim": 16, "num_layers": 1, "ffn_dim": 16, "num_heads": 2, "num_kv_heads": 1}
+    tree["model"] |= {"dim": 16, "num_layers": 2, "ffn_dim": 16, "num_heads": 2, "num_kv_heads": 1}
     tree["train"]["batch_size"] = 2
     recipe = folder / "steps.yaml"
     recipe.write_text(yaml.safe_dump(tree))
