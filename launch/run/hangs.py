@@ -18,7 +18,7 @@ SLOW = 4
 # Seconds at least for the ranks to start, which they cannot say anything of either.
 _START = 600.0
 # For a rank to write its stack.
-_ANSWER = 3.0
+_ANSWER = 6.0
 
 
 class Watch:
@@ -94,12 +94,14 @@ def _stacks(output: Path, marks: dict[int, Mark]) -> dict[int, str]:
         with contextlib.suppress(OSError):
             os.kill(mark.pid, signal.SIGUSR2)
             os.kill(mark.pid, signal.SIGCONT)
-    deadline = time.monotonic() + _ANSWER
-    while True:
-        stacks = {rank: _read(path) for rank, path in paths.items()}
-        if all(stacks.values()) or time.monotonic() > deadline:
-            return stacks
-        time.sleep(0.1)
+    deadline, stacks = time.monotonic() + _ANSWER, dict.fromkeys(paths, "")
+    while time.monotonic() < deadline:
+        time.sleep(0.3)
+        before, stacks = stacks, {rank: _read(path) for rank, path in paths.items()}
+        # Thread by thread, the one that computes last: complete when it grows no more.
+        if stacks == before and all(_main_thread(stack) for stack in stacks.values()):
+            break
+    return stacks
 
 
 def _main_thread(stack: str) -> str:
