@@ -23,7 +23,9 @@ from adaptive.models.decoder.generate import (
 )
 from adaptive.models.decoder.model import Decoder
 from launch.checkpoint.models import SavedDecoder, add_checkpoint, add_device, load_decoder
-from launch.data.text import Tokenizer
+from launch.data.conversations import Conversations
+from launch.data.text import TextConfig
+from launch.data.tokenizer import Tokenizer
 from launch.generation import depth
 from launch.generation.text import RoutingWriter, TextWriter
 from launch.run.errors import BadInput, OneLineParser, program
@@ -40,6 +42,9 @@ def arguments_parser() -> argparse.ArgumentParser:
     add_checkpoint(parser)
     parser.add_argument("--prompt", default="def ", help="text to continue; - reads standard input")
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens to draw")
+    parser.add_argument(
+        "--ignore-end", action="store_true", help="go on where the model ends the text"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest share")
@@ -90,10 +95,11 @@ def write_text(options: argparse.Namespace) -> None:
             f"{options.checkpoint}: {looking_ahead[0]} chooses tokens by looking at later ones "
             "(it has no predictor), so it cannot sample; --allow-non-causal does so nevertheless"
         )
-    tokenizer = Tokenizer(saved.config.data.tokenizer)
+    data = saved.config.data
+    tokenizer = Tokenizer(data.tokenizer, data.end_of_text)
     # Bytes, whatever they are: a prompt cut in the middle of a character is still a prompt.
     given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
-    prompt = tokenizer.encode_prompt(given)
+    prompt = first_tokens(data, tokenizer, given)
     try:
         check_prompts(model, [prompt])
     except ValueError as error:
@@ -108,7 +114,8 @@ def write_text(options: argparse.Namespace) -> None:
     generator = torch.Generator(model.embedding.weight.device).manual_seed(options.seed)
     begun, made = time.perf_counter(), None
     writer = RoutingWriter if options.show_routing else TextWriter
-    out = writer(tokenizer, sys.stdout, layers=len(model.layers))
+    end = None if options.ignore_end else tokenizer.end
+    out = writer(tokenizer, sys.stdout, layers=len(model.layers), end=end)
     try:
         for made in generate(
             model,
@@ -118,12 +125,27 @@ def write_text(options: argparse.Namespace) -> None:
             generator=generator,
             vocab_size=tokenizer.vocab_size,
             cached=not looking_ahead,
+            end=end,
         ):
             out.show(made)
     finally:
         out.close()
     assert made is not None
     print(summary(model, made, seconds=time.perf_counter() - begun), file=sys.stderr)
+
+
+def first_tokens(data: TextConfig, tokenizer: Tokenizer, given: bytes) -> list[int]:
+    """What a model of these data goes on from: the prompt, as training shows it a beginning."""
+    if data.conversations:
+        chat = Conversations(data.chat_template, tokenizer)
+        prompt = chat.ask(os.fsdecode(given), where="--prompt")
+        ids, _ = tokenizer.encode_learnt([(prompt, [])])[0]
+        return [tokenizer.needed_end, *ids.tolist()]
+    prompt_ids = tokenizer.encode_prompt(given)
+    # Behind an end of text a text begins.
+    if tokenizer.end is not None and (not prompt_ids or data.packing == "documents"):
+        return [tokenizer.end, *prompt_ids]
+    return prompt_ids
 
 
 def summary(model: Decoder, made: Generation, *, seconds: float) -> str:

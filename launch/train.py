@@ -28,7 +28,7 @@ import torch.distributed as dist
 from adaptive.observe.alarms import Alarm
 from adaptive.observe.metric_log import MetricLog
 from adaptive.observe.monitor import Monitor
-from launch.checkpoint.files import read_state
+from launch.checkpoint.files import find_checkpoint, read_state
 from launch.checkpoint.state import RunState
 from launch.run.arguments import parse
 from launch.run.children import stop_with_script
@@ -191,7 +191,12 @@ def _run_phase(
     progress = Progress(steps=train.steps, every=train.log_every, name=name, speak=is_first())
     progress.say(engine.audit)
     task.start_phase(engine)
-    if source is not None:
+    if source is None and config.checkpoint.weights is not None:
+        marks("reading a checkpoint", slow=True)
+        weights = find_checkpoint(config.checkpoint.weights)
+        loop.load(weights, moments=False, task_state=False)
+        progress.say(f"beginning with the weights of {weights}")
+    elif source is not None:
         marks("reading a checkpoint", slow=True)
         with announced(f"reading {source}", speak=is_first()):
             loop.load(source, moments=_keeps_moments(run_config, state))
@@ -216,6 +221,7 @@ def _run_phase(
             said_uncounted = True
             progress.say(f"operations are not counted: {loop.uncounted}")
         scalars = {"loss/train": report.loss, "learning_rate": learning_rate}
+        scalars["data/waiting"] = report.waited / seconds
         if monitor.due(step) and norm is not None:
             scalars["gradient_norm"] = norm
         alarms = monitor.end_step(
@@ -246,7 +252,7 @@ def _run_phase(
         checkpoint = None
         if _due(number, config.checkpoint.every) or number == train.steps or asked:
             checkpoint = loop.save()
-    engine.close()
+    loop.close()
     assert checkpoint is not None
     return checkpoint, loop.state, asked and loop.state.phase_step < train.steps
 

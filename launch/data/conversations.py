@@ -64,6 +64,13 @@ class Conversations:
                 f"{where}: holds {half}, half of a surrogate pair: must be Unicode"
             ) from None
 
+    def ask(self, text: str, *, where: str) -> str:
+        """What an answer to a user's text is behind, as `render` writes it."""
+        messages = [{"role": "user", "content": text.replace("\0", "")}]
+        if self._template is None:
+            return self._plain([*messages, {"role": "assistant", "content": ""}])[0][:-1]
+        return self._render(messages, where, prompt=True)
+
     @staticmethod
     def _plain(messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """`role:`, what it says, a blank line; a NUL, which ends texts, after an answer."""

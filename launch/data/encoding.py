@@ -98,6 +98,7 @@ class Mark:
         tokens, documents: written, of each split.
         sizes: bytes of each file.
         bytes: of text.
+        dropped: conversations left out.
     """
 
     key: str
@@ -108,6 +109,7 @@ class Mark:
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     sizes: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
+    dropped: int = 0
 
 
 def encode_into(wanted: Encoding, folder: Path) -> None:
@@ -137,7 +139,7 @@ def encode_into(wanted: Encoding, folder: Path) -> None:
         write_index(building / f"{split}.idx", lengths, dtype)
         lengths.unlink()
     meta = wanted.meta(tokens=found.tokens, documents=found.documents, bytes=found.bytes)
-    meta["dropped"] = 0 if wanted.conversations is None else wanted.conversations.dropped
+    meta["dropped"] = found.dropped
     (building / "mark.json").unlink(missing_ok=True)
     (building / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
     (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -173,11 +175,15 @@ def _encode(wanted: Encoding, folder: Path, *, ends: bool) -> Mark:
     """Write what is not yet written of every split; the mark at its end."""
     mark = _begin(folder, f"{wanted.key}-{'ends' if ends else 'names'}")
     progress = _Progress(sum(file.bytes for file in wanted.files), mark.bytes)
-    learnt = wanted.conversations is not None
+    chat = wanted.conversations
+    if chat is not None:
+        chat.dropped = mark.dropped
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         outs = {
-            split: _Out(folder, split, mark, stack, dtype=wanted.tokenizer.dtype, learnt=learnt)
+            split: _Out(
+                folder, split, mark, stack, dtype=wanted.tokenizer.dtype, learnt=chat is not None
+            )
             for split in SPLITS
         }
         waiting: deque[tuple[Future[list[Any]], _Batch]] = deque()
@@ -190,6 +196,7 @@ def _encode(wanted: Encoding, folder: Path, *, ends: bool) -> Mark:
                 outs[part.split].write(ids, counts, last=part.last)
             mark.file, mark.row = batch.file, batch.row
             mark.bytes += batch.bytes
+            mark.dropped = batch.dropped
             state["whole"] = True
             progress.show(mark.bytes, sum(mark.tokens.values()))
             if time.monotonic() - state["noted"] > _MARK_SECONDS:
@@ -205,6 +212,7 @@ def _encode(wanted: Encoding, folder: Path, *, ends: bool) -> Mark:
                     write_oldest()
             while waiting:
                 write_oldest()
+            mark.dropped = 0 if chat is None else chat.dropped
         finally:
             # Also when interrupted: what is written stays, and the next call goes on from here.
             for future, _ in waiting:
@@ -284,20 +292,21 @@ class _Batch(NamedTuple):
     file: int
     row: int
     bytes: int
+    dropped: int
 
 
 def _batches(wanted: Encoding, file: int, row: int, *, ends: bool) -> Iterator[_Batch]:
     parts: list[Part] = []
-    size = 0
+    size, chat = 0, wanted.conversations
     for file, row, part, read in _parts(wanted, file, row, ends=ends):  # noqa: B020
         parts.append(part)
         size += read
         # A document's parts of both splits come together.
         if size >= _BATCH and read:
-            yield _Batch(parts, file, row, size)
+            yield _Batch(parts, file, row, size, 0 if chat is None else chat.dropped)
             parts, size = [], 0
     if parts:
-        yield _Batch(parts, file, row, size)
+        yield _Batch(parts, file, row, size, 0 if chat is None else chat.dropped)
 
 
 def _parts(

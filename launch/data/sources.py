@@ -7,6 +7,7 @@ text.
 
 from __future__ import annotations
 
+import ast
 import glob
 import gzip
 import io
@@ -15,6 +16,7 @@ import json
 import os
 import stat
 import sysconfig
+import textwrap
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +49,8 @@ class File(NamedTuple):
     Attributes:
         name: its place below the path, which decides what is held out.
         path: where it lies.
-        kind: "text", "rows" (.jsonl), "parquet", "dataset", "ids" (.bin or .npy).
+        kind: "text", "rows" (.jsonl), "parquet", "dataset", "ids" (.bin or .npy), "functions" (of
+            a Python file, as conversations).
     """
 
     name: str
@@ -157,8 +160,8 @@ def is_own_folder(folder: Path) -> bool:
     )
 
 
-def find_files(path: str | None) -> list[File]:
-    """The files of `data.path`, sorted by name.
+def find_files(path: str | None, *, conversations: bool = False) -> list[File]:
+    """The files of `data.path`, sorted by name; of the default, as texts or as conversations.
 
     Raises:
         BadInput: there is none, or one that holds no text.
@@ -168,6 +171,8 @@ def find_files(path: str | None) -> list[File]:
         skip = {"site-packages", "dist-packages", "__pycache__"}
         sources = [(p.relative_to(root), p) for p in root.rglob("*.py") if p.is_file()]
         names = sorted((r.as_posix(), p) for r, p in sources if not skip & set(r.parts))
+        if conversations:  # its modules: packages are large, and mostly tests
+            return [File(name, p, "functions") for name, p in names if "/" not in name]
         return [File(name, p, "text") for name, p in names]
     pattern = os.path.expanduser(path)
     if Path(pattern).is_dir():
@@ -251,6 +256,8 @@ def read_rows(file: File, *, columns: list[str], start: int = 0) -> Iterator[Row
             rows = _parquet_rows(file.path, columns, start)
         elif file.kind == "dataset":
             rows = _dataset_rows(file.path, columns, start)
+        elif file.kind == "functions":
+            rows = itertools.islice(_functions(file.path), start, None)
         else:
             rows = itertools.islice(_text_pieces(file.path), start, None)
         yield from rows
@@ -358,6 +365,23 @@ def character_start(text: bytes, place: int) -> int:
         if text[start] & 0xC0 != 0x80:  # no continuation byte
             return start
     return place
+
+
+def _functions(file: Path) -> Iterator[Row]:
+    """What functions say of themselves, and how they are written: prompt and response."""
+    try:
+        source = file.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return  # the standard library holds files that are to be wrong
+    number, lines = 0, source.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            said = ast.get_docstring(node)
+            text = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
+            if said and "\0" not in text + said:
+                number += 1
+                yield Row(number, {"prompt": said.splitlines()[0], "response": text})
 
 
 def _json_rows(file: Path, start: int) -> Iterator[Row]:

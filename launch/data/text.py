@@ -78,7 +78,8 @@ class TextConfig:
         packing: "windows" of the text end to end, or whole "documents" packed into rows, which see
             nothing of one another.
         conversations: rows are conversations (`messages`, or `prompt` and `response`), of which
-            what the assistant says is learnt; needs packing=documents.
+            what the assistant says is learnt; needs packing=documents. Without a path: functions
+            of the standard library, asked for by what they say of themselves.
         chat_template: how conversations are written: "plain", or the "tokenizer"'s own.
         too_long: conversations longer than a row: "cut" at its end, or "drop".
         tokenizer: "bytes" (vocabulary 256), or a folder or file that holds a `tokenizer.json`.
@@ -164,7 +165,7 @@ class Source:
         given = Path(config.path or "").expanduser()
         if config.path is not None and (given / "meta.json").is_file():
             return self._read_folder(given)
-        files = find_files(config.path)
+        files = find_files(config.path, conversations=config.conversations)
         held = [file for file in files if file.kind == "ids"]
         if held and len(held) < len(files):
             other = next(file for file in files if file.kind != "ids")

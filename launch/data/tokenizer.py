@@ -168,35 +168,37 @@ class Tokenizer:
         encoded = iter(self._encode_offsets([one for parts in segments for one in parts]))
         out = []
         for (_, learnt), parts in zip(texts, segments, strict=True):
-            ids: list[int] = []
-            places: list[tuple[int, int]] = []
+            ids: list[np.ndarray] = []
+            places: list[np.ndarray] = []
             begin = 0
             for number, part in enumerate(parts, start=1):
                 own, offsets = next(encoded)
-                ids += own
-                places += [(begin + start, begin + stop) for start, stop in offsets]
+                ids.append(own)
+                places.append(offsets + begin)
                 begin += len(part) + 1
                 if number < len(parts):
-                    ids.append(self.needed_end)
-                    places.append((begin - 1, begin))
-            counts = np.zeros(len(ids), np.uint8)
-            starts, stops = np.array(places, np.int64).reshape(-1, 2).T
+                    ids.append(np.array([self.needed_end], self.dtype))
+                    places.append(np.array([[begin - 1, begin]]))
+            starts, stops = np.concatenate(places).T
+            counts = np.zeros(len(starts), np.uint8)
             for first, last in learnt:
                 counts[(stops > first) & (starts < last)] = 1
-            out.append((np.array(ids, self.dtype), counts))
+            out.append((np.concatenate(ids), counts))
         return out
 
-    def _encode_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids of texts without what a document begins with, and the characters of each."""
+    def _encode_offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids of texts without what a document begins with, and [n, 2] the characters of each."""
         if self._inner is not None:
             made = self._inner.encode_batch(texts, add_special_tokens=False)
-            return [(one.ids, one.offsets) for one in made]
+            return [
+                (np.array(one.ids, self.dtype), np.array(one.offsets, np.int64).reshape(-1, 2))
+                for one in made
+            ]
         found = []
         for text in texts:
-            raw = text.encode()
-            begins = np.frombuffer(raw, np.uint8) & 0xC0 != 0x80
-            place = (np.cumsum(begins) - 1).tolist()
-            found.append((list(raw), [(at, at + 1) for at in place]))
+            ids = np.frombuffer(text.encode(), np.uint8)
+            place = np.cumsum(ids & 0xC0 != 0x80) - 1
+            found.append((ids, np.stack([place, place + 1], axis=1)))
         return found
 
     def encode_prompt(self, text: bytes) -> list[int]:

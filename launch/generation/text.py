@@ -14,8 +14,10 @@ from launch.run.terminal import shown, visible
 class TextWriter:
     """Writes tokens as soon as they are whole characters: what is written is always valid UTF-8."""
 
-    def __init__(self, tokenizer: Tokenizer, out: TextIO, *, layers: int) -> None:
-        self._out, self._layers = out, layers
+    def __init__(
+        self, tokenizer: Tokenizer, out: TextIO, *, layers: int, end: int | None = None
+    ) -> None:
+        self._out, self._layers, self._end = out, layers, end
         self._decode = streaming_decoder(tokenizer)
         self._shown = 0
 
@@ -23,7 +25,8 @@ class TextWriter:
         """Write what is new of the first sequence."""
         tokens = made.prompts[0] + made.tokens[0]
         while self._shown < self._ready(made):
-            self._write(self._decode(tokens[self._shown], False), made)
+            if tokens[self._shown] != self._end:  # it ends texts, and is none itself
+                self._write(self._decode(tokens[self._shown], False), made)
             self._shown += 1
         self._out.flush()
 

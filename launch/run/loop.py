@@ -38,6 +38,7 @@ from launch.checkpoint.files import (
 )
 from launch.checkpoint.shards import TAG
 from launch.checkpoint.state import RunState, WholeState
+from launch.run.ahead import Ahead
 from launch.run.config import load_saved
 from launch.run.engine import Engine
 from launch.run.errors import BadInput
@@ -66,6 +67,7 @@ class StepReport:
         executed_flops, nominal_flops: forward and backward.
         stop: whether some rank was asked to end.
         records: of this rank's last micro-batch.
+        waited: seconds in which this rank had no batch to compute.
     """
 
     loss: float
@@ -74,6 +76,7 @@ class StepReport:
     nominal_flops: float
     stop: bool
     records: list[RoutingRecord]
+    waited: float = 0.0
 
 
 class Loop:
@@ -110,6 +113,7 @@ class Loop:
         self._unmoved = [n for n, p in engine.named_parameters() if p.requires_grad]
         self._takes_census = True
         self.uncounted: str | None = None
+        self._ahead = Ahead(self._micro_batches)
         # Whole shapes: the model's own parameters are slices, and under ZeRO 3 empty.
         with torch.device("meta") as meta:
             self._shapes = type(task)(config, mesh=Mesh.single(), device=meta).build_model()
@@ -125,7 +129,7 @@ class Loop:
         tokens, targets = self.task.tokens(rows), self.task.targets(rows)
         start_step(engine.model, number)
         scope = BatchScope.of(mesh, tokens, micro_batches=engine.accumulation)
-        parts = self._micro_batches(rows)
+        parts = self._ahead.take(rows)
         if len(parts) > 1 and self._takes_census:
             self._take_census(parts, scope)
         # loss, executed and nominal operations, stop: one collective for all of them.
@@ -150,7 +154,9 @@ class Loop:
         sums[3] = float(self.stop.asked)
         _sum_over(sums, mesh)
         loss, executed, nominal, stop = sums.tolist()
-        report = StepReport(loss / targets, tokens, executed, nominal, stop > 0, records)
+        report = StepReport(
+            loss / targets, tokens, executed, nominal, stop > 0, records, self._ahead.waited
+        )
         self._advance(report)
         self._done |= {"batch", "forward", "backward", "optimizer step"}
         self.task.after_step(engine, self.state.step)
@@ -256,12 +262,13 @@ class Loop:
             save_tensors(shared, folder / TASK_STATE)
         write_description(folder, self.state, self.config)
 
-    def load(self, folder: Path, *, moments: bool = True) -> None:
+    def load(self, folder: Path, *, moments: bool = True, task_state: bool = True) -> None:
         """Continue from a checkpoint, of any ranks and ZeRO stage. Collective.
 
         Args:
             folder: the checkpoint.
             moments: False to start the optimizer anew.
+            task_state: False to start the task anew too, from the weights alone.
 
         At the beginning of a phase the task may fit the state to another model (`Task.adapt`).
 
@@ -291,8 +298,13 @@ class Loop:
             self.engine.load_whole(whole, moments=moments)
         if not moments:
             self.state = replace(self.state, optimizer_steps=0)
-        if (folder / TASK_STATE).is_file():
+        if task_state and (folder / TASK_STATE).is_file():
             self.task.load_shared_state(self.engine, load_file(folder / TASK_STATE))
+
+    def close(self) -> None:
+        """Free the engine, and make no more batches."""
+        self._ahead.close()
+        self.engine.close()
 
     def check_moved(self) -> None:
         """Check that every parameter had a gradient by now, when the time for that is over.

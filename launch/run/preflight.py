@@ -57,6 +57,9 @@ def check_run(config: RunConfig, *, ranks: int, speak: bool = False) -> None:
     source = starting_checkpoint(config, checksums=False)
     if source is not None:
         check_continues(config, source)
+    elif config.checkpoint.weights is not None:
+        weights = find_checkpoint(config.checkpoint.weights, checksums=False)
+        check_same_model(meta_model(phases[0]), weights)
 
 
 def _check_elements(model: nn.Module, stage: int) -> None:

@@ -167,6 +167,8 @@ class CheckpointConfig:
         resume: "auto" continues from the newest intact checkpoint of OUTPUT, "never" starts anew,
             a path starts from that checkpoint, or continues the run that the same configuration
             started from it.
+        weights: a checkpoint whose weights alone begin a run that has none to continue: step 0, a
+            new optimizer, the first row; null: weights are drawn.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
@@ -174,12 +176,15 @@ class CheckpointConfig:
     every: int = 0
     keep: int = 2
     resume: str = "auto"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         _within(self, 0, LARGEST_WHOLE, "every")
         _within(self, 1, LARGEST_WHOLE, "keep")
         if not self.resume.strip():
             raise ValueError(f"resume={self.resume!r}: must be auto, never or a path")
+        if self.weights is not None and not self.weights.strip():
+            raise ValueError(f"weights={self.weights!r}: must be a path, or null")
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _is_union(kind: Any) -> bool:
 
 
 def _item_type(kind: Any) -> Any:
-    arguments = typing.get_args(kind)
+    arguments = [part for part in typing.get_args(kind) if part is not ...]
     return arguments[-1] if arguments else None
 
 

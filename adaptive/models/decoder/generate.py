@@ -124,11 +124,12 @@ def generate(
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
     cached: bool = True,
+    end: int | None = None,
 ) -> Iterator[Generation]:
     """Continue prompts of any lengths together; yields after every token, the same object.
 
-    Each sequence stops at `max_new_tokens`, or where it reaches the model's `max_seq_len`, whatever
-    those beside it do.
+    Each sequence stops at `max_new_tokens`, behind `end`, or where it reaches the model's
+    `max_seq_len`, whatever those beside it do.
 
     Args:
         model: in evaluation mode.
@@ -139,6 +140,7 @@ def generate(
         vocab_size: ids from here on are never drawn (a model's vocabulary may be padded).
         cached: False computes the whole prefix at every step, which is what a model that does not
             route causally needs (see `non_causal_layers`).
+        end: the token that ends a text: a sequence that draws it rests from then on; None: none.
 
     Raises:
         ValueError: an empty prompt, or one longer than the model's `max_seq_len`; a model that
@@ -157,6 +159,7 @@ def generate(
     )
     for _ in range(max_new_tokens):
         going = unfinished_sequences(model, made.prompts, made.tokens)
+        going = [index for index in going if end is None or made.tokens[index][-1:] != [end]]
         if not going:
             return
         # `no_grad` must not stay entered while the caller has control.

@@ -193,3 +193,20 @@ def test_sampling_out_of_range(wrong: dict[str, float]) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=f"^{name}="):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_each_sequence_rests_behind_its_end_and_the_others_go_on(cached: bool) -> None:
+    """Greedy text is the text without an end, cut behind the first one: alone or beside others."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(dim=32, num_layers=2, num_heads=4, max_seq_len=64)).eval()
+    prompts = [[1, 2, 3], [7], [9, 9]]
+    options = {"max_new_tokens": 20, "sampling": Sampling(temperature=0), "cached": cached}
+    *_, free = generate(model, prompts, **options)  # type: ignore[arg-type]
+    whole = [list(tokens) for tokens in free.tokens]
+    end = whole[0][4]
+    *_, made = generate(model, prompts, end=end, **options)  # type: ignore[arg-type]
+    for tokens, ended in zip(whole, made.tokens, strict=True):
+        stop = tokens.index(end) + 1 if end in tokens else len(tokens)
+        assert ended == tokens[:stop]
+    assert len(made.tokens[0]) <= 5
