@@ -164,7 +164,6 @@ def test_a_model_that_looks_ahead_is_refused_unless_told(
         (["--top-k", "0"], "--top-k=0: must be at least 1"),
         (["--top-p", "1.5"], "--top-p=1.5: must be in (0, 1]"),
         (["--max-tokens", "0"], "--max-tokens=0: must be at least 1"),
-        (["--prompt", ""], "--prompt: must have at least one token"),
         (["--prompt", "x" * 65], "--prompt of 65 tokens: must be at most max_seq_len=64"),
         (["--device", "nonsense"], "--device=nonsense: "),
         (["--temprature", "1"], "unrecognized arguments: --temprature 1"),
