@@ -6,9 +6,9 @@ Shape legend: B batch, S sequence, T tokens, R selected tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -343,6 +343,7 @@ class MixtureOfDepthsConfig(Method):
     blocks = (MixtureOfDepths,)
     excludes = ("skip_layer",)
     sees_every_token = False
+    pretrained: ClassVar[Mapping[str, Any]] = {"weight": "tanh_norm"}  # 1 before training
 
     capacity: float = 0.125
     schedule: DepthSchedule | list[int] = "every_other"

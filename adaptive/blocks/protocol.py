@@ -5,7 +5,7 @@ Shape legend: T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -101,6 +101,7 @@ class Method:
         blocks: its public modules.
         excludes: names of methods, or places, that it cannot stand beside in one model.
         sees_every_token: whether what is inside is given every token.
+        pretrained: options that differ by default where it goes into layers that are trained.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -109,6 +110,7 @@ class Method:
     blocks: ClassVar[tuple[type[nn.Module], ...]] = ()
     excludes: ClassVar[tuple[str, ...]] = ()
     sees_every_token: ClassVar[bool] = True
+    pretrained: ClassVar[Mapping[str, Any]] = {}
 
     def build(self, context: Any, inner: Any) -> Any:
         """What stands at the method's place.

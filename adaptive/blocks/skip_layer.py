@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -355,6 +356,7 @@ class SkipLayerConfig(Method):
     blocks = (SkipLayer,)
     excludes = ("mixture_of_depths",)
     sees_every_token = False
+    pretrained: ClassVar[Mapping[str, Any]] = {"keys": "executing"}  # no layer of others takes more
 
     density: float = 0.5
     layers: DepthSchedule | list[int] = "all"

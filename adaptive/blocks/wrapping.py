@@ -77,7 +77,7 @@ def run_block(block: nn.Module, packed_RD: Tensor, layout: TokenLayout, **kwargs
         given = to_rows(packed_RD, layout)
         attention = causal_attention(block)
         if attention is not None and kwargs.get("attention_mask") is None:
-            rows_BK = (to_rows(layout.positions[:, None], layout)[..., 0], _filled(layout))
+            rows_BK = (to_rows(layout.positions[:, None], layout)[..., 0], filled_columns(layout))
             kwargs["attention_mask"] = attention_mask_of(attention, *rows_BK, given.dtype)
         output = block(given, **kwargs)
     output = output[0] if isinstance(output, tuple) and output else output
@@ -120,7 +120,7 @@ def from_rows(rows_BKX: Tensor, layout: TokenLayout) -> Tensor:
     return pack(rows_BKX.flatten(0, 1), _places(layout))
 
 
-def _filled(layout: TokenLayout) -> Tensor | None:
+def filled_columns(layout: TokenLayout) -> Tensor | None:
     """bool [B, K]: where the rows of `to_rows` hold a token; None: everywhere."""
     if layout.uniform and layout.max_seqlen:
         return None

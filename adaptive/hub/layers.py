@@ -1,0 +1,284 @@
+"""Layers of transformers that route: called as their model calls them, weights at their old names.
+
+A layer keeps its place, its weights and their names; its class becomes one that is also the old
+one (`isinstance` holds), has the method's module at `routing`, and gives that module the chosen
+tokens' share of everything that the model gave for all.
+
+Shape legend: B sequences, S tokens of this forward, R chosen tokens, K chosen columns, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from adaptive.blocks.method import RoutedBlock
+from adaptive.blocks.wrapping import filled_columns, from_rows, to_rows
+from adaptive.hub.attention import (
+    IMPLEMENTATIONS,
+    attentions,
+    layer_index,
+    mask_by_columns,
+    mask_of_chosen,
+    token_mask,
+)
+from adaptive.hub.cache import RoutedCacheLayer, routed_cache_layer
+from adaptive.ops.flop_counter import FlopCounter, Work
+from adaptive.routing.layout import TokenLayout
+
+
+class AdaptedLayer(nn.Module):
+    """What a routed layer's class derives from first; see `route_layer`.
+
+    Attributes:
+        routing: the method's module.
+        dense: the layer's class before.
+        arguments: what its forward takes.
+    """
+
+    routing: RoutedBlock
+    dense: type[Any]
+    arguments: inspect.Signature
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = LayerCall(self, args, kwargs)
+        hidden_BSD = self.routing(call.hidden, token_mask=call.token_mask, call=call)
+        return call.returned(hidden_BSD)
+
+    def dense_forward(self, hidden_BKD: Tensor, **arguments: Any) -> Any:
+        """The layer on these tokens, all of them."""
+        return super().forward(hidden_BKD, **arguments)
+
+
+class LayerCall:
+    """One call of a layer by its model, and what of it belongs to chosen tokens.
+
+    Attributes:
+        hidden: [B, S, D].
+        token_mask: bool [B, S], False at padding; None where there is none.
+    """
+
+    def __init__(self, layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.layer = layer
+        self.attention = attentions(layer)[0]
+        self.arguments = _named(layer.arguments, args, kwargs)
+        self.hidden: Tensor = self.arguments.pop(next(iter(layer.arguments.parameters)))
+        self.mask = self.arguments.pop("attention_mask", None)
+        self.token_mask = token_mask(self.mask, *self.hidden.shape[:2])
+        self.place: RoutedCacheLayer | None = None
+        self.cache = self._cache()
+        self.rest: tuple[Any, ...] | None = None
+        for name, value in self.arguments.items():
+            self._refuse_unknown(name, value)
+
+    def chosen(self, layout: TokenLayout) -> dict[str, Any]:
+        """The layer's arguments for chosen tokens, in the rows of `to_rows`.
+
+        Args:
+            layout: of the chosen tokens, positions counted from each row's first valid token.
+        """
+        columns_BK = to_rows(layout.positions[:, None], layout)[..., 0]
+        if self.token_mask is not None:
+            valid_first_BS = (~self.token_mask).int().argsort(dim=1, stable=True)
+            columns_BK = valid_first_BS.gather(1, columns_BK)
+        filled_BK = filled_columns(layout)
+        arguments = {
+            name: _of_columns(name, value, columns_BK) for name, value in self.arguments.items()
+        }
+        if filled_BK is not None:
+            columns_BK = columns_BK.masked_fill(~filled_BK, -1)
+        arguments["attention_mask"] = self._mask(columns_BK, ragged=filled_BK is not None)
+        return arguments
+
+    def returned(self, hidden_BSD: Tensor) -> Any:
+        """What the model expects: as the layer returned it, a tuple or not."""
+        if self.place is not None:
+            self.place.advance(self.hidden.shape[1])
+        return hidden_BSD if self.rest is None else (hidden_BSD, *self.rest)
+
+    def _mask(self, columns_BK: Tensor, *, ragged: bool) -> Any:
+        held, earlier, keys_BN = None, 0, columns_BK
+        if self.cache is not None:
+            held, earlier = self.cache.columns, self.cache.length
+            keys_BN = torch.where(columns_BK >= 0, columns_BK + earlier, -1)
+            self.cache.expect(keys_BN)
+            ragged = ragged or self.cache.ragged
+            if held is not None:
+                keys_BN = torch.cat([held, keys_BN], 1)
+        if self.mask is None and self.attention.config._attn_implementation == "sdpa":
+            among_themselves = held is None or not held.shape[1]
+            if among_themselves and (self.attention.is_causal or not ragged):
+                return None  # rows end with what is no token, which causal order hides
+            if columns_BK.shape[1] == 1 and not ragged:
+                return None
+        return mask_of_chosen(
+            self.mask,
+            self.attention,
+            seq_len=self.hidden.shape[1],
+            columns_BK=columns_BK,
+            keys_BN=keys_BN,
+            earlier=earlier,
+            dtype=self.hidden.dtype,
+        )
+
+    def _cache(self) -> RoutedCacheLayer | None:
+        """The layer's place in the model's cache; None: there is none, or it is not to be used."""
+        names = [n for n, value in self.arguments.items() if isinstance(value, Cache)]
+        if not names:
+            return None
+        name, index = self.layer.dense.__name__, layer_index(self.attention)
+        cache = self.arguments[names[0]]
+        if index is None or isinstance(cache, EncoderDecoderCache):
+            raise ValueError(
+                f"past_key_values of {type(cache).__name__}: {name} cannot tell its place in it; "
+                "call the model with use_cache=False"
+            )
+        own = self.place = routed_cache_layer(cache, index, self.hidden.shape[1])
+        routing = self.layer.routing
+        sees_later = routing.training or not routing.causal
+        if own.length and (own.incomplete or sees_later):
+            raise ValueError(
+                f"past_key_values of {own.length} tokens: {name} {index} chooses, or chose, by "
+                "later tokens, so that it cannot continue a text; call the model with "
+                "use_cache=False"
+            )
+        if sees_later:
+            own.incomplete = True
+            self.arguments |= dict.fromkeys(names)
+            return None
+        return own
+
+    def _refuse_unknown(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.dim() and name not in _OF_TOKENS:
+            raise ValueError(
+                f"{self.layer.dense.__name__}: its model gives it {name} of shape "
+                f"{list(value.shape)}, and which of it belongs to the chosen tokens is not known"
+            )
+
+
+_OF_TOKENS = {"position_ids": 0, "position_embeddings": 1}
+"""Arguments that have an axis of tokens, and how many axes stand behind it."""
+
+
+def _of_columns(name: str, value: Any, columns_BK: Tensor) -> Any:
+    """What belongs to these columns, [..., B, K, ...], of an argument [..., B or 1, S, ...]."""
+    if isinstance(value, tuple | list):
+        return type(value)(_of_columns(name, part, columns_BK) for part in value)
+    behind = _OF_TOKENS.get(name)
+    if behind is None or not isinstance(value, Tensor):
+        return value
+    if value.dim() == 1 + behind:
+        value = value[None]
+    value = value.movedim((-2 - behind, -1 - behind), (0, 1))
+    value = value.expand(columns_BK.shape[0], *value.shape[1:])
+    rows_B1 = torch.arange(len(value), device=value.device)[:, None]
+    return value[rows_B1, columns_BK].movedim((0, 1), (-2 - behind, -1 - behind))
+
+
+class DenseLayer(nn.Module):
+    """The layer as a method's module sees it: a block that takes packed tokens.
+
+    It holds no weights: they stay where they were, in the layer itself.
+    """
+
+    takes_packed = True
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # no child: the layer is a parent
+
+    def forward(self, packed_RD: Tensor, *, layout: TokenLayout, call: LayerCall) -> Tensor:
+        output = call.layer.dense_forward(to_rows(packed_RD, layout), **call.chosen(layout))
+        if isinstance(output, tuple):
+            output, *rest = output
+            call.rest = tuple(rest)
+        return from_rows(output, layout)
+
+    def count_flops(self, count: FlopCounter, work: Work) -> None:
+        (layer,) = self._layer
+        count_dense(layer, count, work)
+
+
+def count_dense(layer: nn.Module, count: FlopCounter, work: Work) -> None:
+    """Products of a layer of transformers, whatever of it is routed apart."""
+    raise ValueError(f"{type(layer).__name__}: FLOPs of adapted layers are not counted")
+
+
+def route_layer(layer: nn.Module, routing: RoutedBlock) -> None:
+    """Make `layer` a routed one.
+
+    Args:
+        layer: see `refuse_layer`.
+        routing: a method's module, built around `DenseLayer(layer)`.
+    """
+    weight = next(p for p in layer.parameters() if p.is_floating_point())
+    layer.__class__ = _adapted(type(layer))
+    layer.routing = routing.to(weight.device, weight.dtype).train(layer.training)
+
+
+def refuse_layer(layer: nn.Module) -> None:
+    """Raise ValueError where a layer cannot be given chosen tokens alone."""
+    reason = _reason_against(layer)
+    if reason:
+        raise ValueError(f"{type(layer).__name__}: {reason}")
+
+
+def _reason_against(layer: nn.Module) -> str | None:
+    if isinstance(layer, AdaptedLayer):
+        return "is routed already"
+    found = attentions(layer)
+    if len(found) != 1:
+        return (
+            f"has {len(found) or 'no'} attention modules with is_causal and config, and needs one, "
+            "to be told which of the chosen tokens see which"
+        )
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ZeroPad2d | nn.modules.RNNBase):
+            return f"its {name} ({type(module).__name__}) mixes neighbouring tokens"
+    name = mask_by_columns(layer)
+    if name is not None:
+        return f"its {name} is a mask by columns, and chosen tokens stand in other columns"
+    implementation = found[0].config._attn_implementation
+    if implementation not in IMPLEMENTATIONS:
+        return (
+            f"attn_implementation={implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}, "
+            "which can be told which of the chosen tokens see which"
+        )
+    arguments = _arguments(type(layer)).parameters
+    parameters = list(arguments.values())
+    if not parameters or any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        return "its forward does not name what it is given"
+    if "attention_mask" not in arguments and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return "its forward takes no attention_mask"
+    return None
+
+
+def _adapted(dense: type[Any]) -> type[AdaptedLayer]:
+    if dense not in _ADAPTED:
+        given = {"dense": dense, "arguments": _arguments(dense)}
+        _ADAPTED[dense] = type(f"Adapted{dense.__name__}", (AdaptedLayer, dense), given)
+    return _ADAPTED[dense]
+
+
+_ADAPTED: dict[Any, type[AdaptedLayer]] = {}
+
+
+def _arguments(dense: type[nn.Module]) -> inspect.Signature:
+    """What a layer's forward takes, without self."""
+    signature = inspect.signature(dense.forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _named(
+    arguments: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by their names, in the order of the forward's."""
+    named: dict[str, Any] = {}
+    for name, value in arguments.bind(*args, **kwargs).arguments.items():
+        variable = arguments.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        named |= value if variable else {name: value}
+    return named
