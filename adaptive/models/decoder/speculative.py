@@ -19,7 +19,10 @@ from adaptive.models.decoder.decode_depth import refuse_non_causal, run_layers
 from adaptive.models.decoder.generate import check_whole
 from adaptive.models.decoder.layers import Attention, KeyValueCache, RMSNorm
 from adaptive.models.decoder.model import Decoder
+from adaptive.models.decoder.speculation.verification import best_acceptance, k_seq
 from adaptive.routing.layout import TokenLayout
+
+__all__ = ["Drafting", "ExitAdapter", "Speculator", "best_acceptance", "distil_adapter", "k_seq"]
 
 
 class ExitAdapter(nn.Module):

@@ -1,0 +1,1 @@
+"""Speculative decoding in three parts: drafts, controllers, and verification."""
