@@ -192,8 +192,14 @@ def _encode(wanted: Encoding, folder: Path, *, ends: bool) -> Mark:
             future, batch = waiting.popleft()
             ids_of_parts = future.result()
             state["whole"] = False
-            for part, (ids, counts) in zip(batch.parts, ids_of_parts, strict=True):
-                outs[part.split].write(ids, counts, last=part.last)
+            for split, out in outs.items():
+                out.write(
+                    [
+                        (ids, counts, part.last)
+                        for part, (ids, counts) in zip(batch.parts, ids_of_parts, strict=True)
+                        if part.split == split
+                    ]
+                )
             mark.file, mark.row = batch.file, batch.row
             mark.bytes += batch.bytes
             mark.dropped = batch.dropped
@@ -266,17 +272,21 @@ class _Out:
             name: stack.enter_context((folder / f"{split}.{name}").open("ab")) for name in suffixes
         }
 
-    def write(self, ids: np.ndarray, counts: np.ndarray | None, *, last: bool) -> None:
-        split, mark = self._split, self._mark
-        self._files["bin"].write(ids.astype(self._dtype, copy=False).data)
-        if counts is not None:
-            self._files["counts"].write(counts.astype(np.uint8).data)
-        mark.tokens[split] += len(ids)
-        mark.open[split] += len(ids)
-        if last or mark.open[split] > 1 << 30:  # an index counts to 2**31
-            self._files["lengths"].write(mark.open[split].to_bytes(4, "little"))
-            mark.documents[split] += 1
-            mark.open[split] = 0
+    def write(self, parts: list[tuple[np.ndarray, np.ndarray | None, bool]]) -> None:
+        """Write (ids, which of them are learnt, whether the document ends) of parts."""
+        split, mark, lengths = self._split, self._mark, []
+        for ids, _, last in parts:
+            mark.tokens[split] += len(ids)
+            mark.open[split] += len(ids)
+            if last or mark.open[split] > 1 << 30:  # an index counts to 2**31
+                lengths.append(mark.open[split])
+                mark.open[split] = 0
+        mark.documents[split] += len(lengths)
+        self._files["lengths"].write(np.array(lengths, np.int32).data)
+        arrays = [ids.astype(self._dtype, copy=False) for ids, _, _ in parts]
+        self._files["bin"].write(b"".join(array.data for array in arrays))
+        if "counts" in self._files:
+            self._files["counts"].write(b"".join(c.data for _, c, _ in parts if c is not None))
 
     def flush(self) -> None:
         for name, file in self._files.items():

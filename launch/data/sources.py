@@ -387,7 +387,7 @@ def _functions(file: Path) -> Iterator[Row]:
 def _json_rows(file: Path, start: int) -> Iterator[Row]:
     with _opened(file) as lines:
         for number, line in enumerate(lines, start=1):
-            if number <= start or not line.strip():
+            if number <= start or line.isspace():
                 continue
             try:
                 value = json.loads(line)

@@ -51,3 +51,5 @@ def test_ranks_and_accumulation_give_one_curve(
     assert outcome.norms == pytest.approx(reference.norms, rel=1e-4)
     assert outcome.state.tokens == reference.state.tokens < 3 * 8 * 64
     assert reference.losses[-1] < reference.losses[0]
+    # Of 256 equally likely: the mean is over what is learnt, a third of the tokens.
+    assert reference.losses[0] == pytest.approx(5.55, abs=0.2)

@@ -165,13 +165,13 @@ def test_an_interrupted_encoding_goes_on_where_it_was(
 
 def test_a_killed_encoding_goes_on_and_nothing_of_it_is_taken_for_whole(tmp_path: Path) -> None:
     with (tmp_path / "a.jsonl").open("w") as file:
-        for n in range(150_000):
+        for n in range(20_000):
             file.write(json.dumps({"text": f"{n} " * 40}) + "\n")
     words = [sys.executable, "-m", "launch.encode", str(tmp_path / "a.jsonl"), "--output"]
     slow = (
         "import launch.data.encoding as e, runpy, sys, time; e._MARK_SECONDS = 0.0; f = e._ids_of\n"
     )
-    slow += "def g(*a): time.sleep(0.05); return f(*a)\n"
+    slow += "def g(*a): time.sleep(0.2); return f(*a)\n"
     slow += "e._ids_of = g; sys.argv = sys.argv[1:]; import launch.encode; launch.encode.main()"
     first = [sys.executable, "-c", slow, *words[2:], str(tmp_path / "out")]
     process = subprocess.Popen(first, stderr=subprocess.DEVNULL)
