@@ -84,6 +84,9 @@ class RecipeSubject:
         for index, batch in enumerate(micro_batches):
             with self._draws(batch, index, share), RoutingTape(model, scope=scope) as tape:
                 total = task.loss_sum(model, batch)
+            for record in tape.records:
+                if record.chosen is not None:
+                    share.choices.add(record.name, record.chosen, record.scores)
             yield total * (scope.replicas / share.tokens) + tape.loss()
 
 
@@ -128,6 +131,10 @@ def main(arguments: list[str] | None = None) -> None:
     for report in reports:
         verdict = "agrees with one rank" if report.ok else "DISAGREES with one rank"
         print(f"\n{report.mesh}: {verdict} (tolerance {report.tolerance:g})")
+        if report.difference is not None:
+            print(report.difference.text)
+            if report.difference.tied:
+                print("What follows from it is right on either side and not compared.")
         print(report.table(options.limit))
     raise SystemExit(0 if all(report.ok for report in reports) else 1)
 

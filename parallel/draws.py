@@ -63,6 +63,12 @@ def drawing_part(first: int, rows: int, of: int) -> Iterator[None]:
         _part.reset(token)
 
 
+def first_of_batch(tokens: int) -> int | None:
+    """Number of the first of these tokens in the whole batch; None outside a `drawing_part`."""
+    part = _part.get()
+    return None if part is None else tokens * part[0] // part[1]
+
+
 def _of_batch(draw: Callable[[int], Tensor], tokens: int) -> Tensor:
     """`draw(tokens)`, or these tokens of what is drawn for the whole batch."""
     part = _part.get()

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.checks.choices import Notes
 from parallel.checks.traces import Report, Row, Trace, compare
 from parallel.gradients import average_gradients, clip_gradients, whole
 from parallel.mesh import Mesh, data_degree
@@ -50,11 +51,14 @@ class Share:
         tokens: in the global batch; what losses are means over.
         mesh: how the ranks share the model.
         micro_batches: accumulation steps.
+        choices: where `losses` may note what routers chose, before it yields each loss: choices
+            are then compared before gradients are.
     """
 
     tokens: int
     mesh: Mesh
     micro_batches: int = 1
+    choices: Notes = field(default_factory=Notes)
 
 
 class Subject(Protocol):
@@ -201,6 +205,8 @@ def _one_step(
     for loss in subject.losses(model, own, share):
         total += loss.detach().double() / (mesh.replicas * settings.micro_batches)
         trainer.backward(loss)
+        share.choices.next()
+    trace.choices.append(share.choices.whole(mesh))
     trainer.finish(trace, first=step == 0)
     if mesh.batch_group is not None:
         dist.all_reduce(total, group=mesh.batch_group)

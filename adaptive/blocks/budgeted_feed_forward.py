@@ -146,7 +146,7 @@ class BudgetedFeedForward(RoutedBlock):
             out_TD = combine_(out_TD, update_RD, taken.indices, pack(gates_T, taken.indices))
         tape = current_tape()
         if tape is not None:
-            self._record(tape, choice.chosen, gates_TU, router_logits_TK, valid)
+            self._record(tape, choice, gates_TU, router_logits_TK, valid)
         return out_TD
 
     def _choose(self, router_logits_TK: Tensor, layout: TokenLayout) -> UnitChoice:
@@ -175,12 +175,12 @@ class BudgetedFeedForward(RoutedBlock):
     def _record(
         self,
         tape: RoutingTape,
-        chosen_T: Tensor,
+        choice: UnitChoice,
         gates_TU: Tensor,
         router_logits_TK: Tensor,
         valid: Tensor | None,
     ) -> None:
-        cost_T = self.cost(gates_TU)
+        cost_T, chosen_T = self.cost(gates_TU), choice.chosen
         losses, usage = self._losses(cost_T, router_logits_TK, tape)
         # Without the noise: what the router says of a token, not what was drawn for it.
         probability_TK = router_logits_TK.detach().softmax(-1)
@@ -200,6 +200,7 @@ class BudgetedFeedForward(RoutedBlock):
             | self._statistics(load_K / max(gates_TU.shape[0], 1)),
             weights=self._weights(cost_T.detach(), probability_TK),
             chosen=_spread(chosen_T, valid),
+            scores=self._drawn_from(router_logits_TK.detach())[0] + choice.noise,
         )
         tape.record(self, record, losses)
 

@@ -266,6 +266,7 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
             statistics={"predicted_share": masked_mean(predicted_T, valid_T)} if compares else {},
             weights=weights_R,
             chosen=chosen_T,
+            scores=logits_T if self.choice == "router" else None,
         )
         tape.record(self, record, losses)
 

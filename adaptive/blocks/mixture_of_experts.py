@@ -23,7 +23,7 @@ from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.permute import permute, unpermute
 from adaptive.ops.ranking import count_by_unit
 from adaptive.routing.assignment import Assignment
-from adaptive.routing.balance import ExpertBias, load_balancing_loss
+from adaptive.routing.balance import ExpertBias, biased, load_balancing_loss
 from adaptive.routing.collapse import collapse_statistics
 from adaptive.routing.hyperspherical import Gate, HypersphericalRouter
 from adaptive.routing.layout import TokenLayout, valid_tokens
@@ -292,15 +292,14 @@ class MixtureOfExperts(RoutedBlock):
         return weights_TK
 
     def _shared(self, shared: Experts, hidden_TD: Tensor, valid_T: Tensor | None) -> Tensor:
-        tokens = hidden_TD.shape[0]
         if valid_T is not None:
             everyone = Assignment.from_choices(
                 torch.zeros_like(valid_T, dtype=torch.long)[:, None], 1, taken_TK=valid_T[:, None]
             )
             pairs, rows = everyone.pairs, everyone.tokens_per_expert
         else:
-            pairs = torch.arange(tokens, device=hidden_TD.device)
-            rows = torch.full((1,), tokens, device=hidden_TD.device)
+            pairs = torch.arange(hidden_TD.shape[0], device=hidden_TD.device)
+            rows = torch.full((1,), hidden_TD.shape[0], device=hidden_TD.device)
         return shared(hidden_TD, pairs_N=pairs, rows_per_expert_e=rows)
 
     def _observe(
@@ -332,6 +331,7 @@ class MixtureOfExperts(RoutedBlock):
             record = self._record(probabilities_TE, assignment, valid_T, load_E[: self.num_experts])
             if self.measures_collapse:
                 record.statistics = collapse_statistics(hidden_TD, assignment, self.router, valid_T)
+            record.scores = biased(scores_TE.detach(), self.expert_bias)
             tape.record(self, record, losses)
 
     def _balanced(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:

@@ -249,7 +249,7 @@ class SkipLayer(RoutedBlock):
         tape = current_tape()
         if tape is not None:
             held_B = getattr(kwargs.get("cache"), "lengths", None)
-            self._record(tape, executing, gates_T, router_logits_T2, valid, held_B)
+            self._record(tape, executing, gates_T, router_logits_T2, noise_T2, valid, held_B)
         if self.granularity == "attention":
             out_TD = _feed_forward(self.block, out_TD, layout)
         return out_TD
@@ -306,6 +306,7 @@ class SkipLayer(RoutedBlock):
         executing: Selection,
         gates_T: Tensor,
         router_logits_T2: Tensor,
+        noise_T2: Tensor,
         valid: Tensor | None,
         held_B: Tensor | None,
     ) -> None:
@@ -334,6 +335,7 @@ class SkipLayer(RoutedBlock):
             statistics={"density": usage.density} | self.control.statistics(),
             weights=probability_T,
             chosen=chosen,
+            scores=router_logits_T2.detach() + noise_T2,
         )
         tape.record(self, record, losses)
 

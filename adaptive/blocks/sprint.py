@@ -30,6 +30,7 @@ from adaptive.routing.layout import TokenLayout
 from adaptive.routing.recompute import checkpoint, decide
 from adaptive.routing.selection import Selection
 from adaptive.routing.tape import RoutingRecord, current_tape
+from parallel.draws import draw_own_rows
 from parallel.mesh import Mesh
 from parallel.rows import even_shards
 
@@ -317,7 +318,8 @@ class SparseDenseFusion(RoutedBlock):
             return None
         # On the host, which what is left out decides the shapes of.
         device = "meta" if layout.positions.is_meta else "cpu"
-        return torch.rand(layout.batch_size, device=device) < self.path_drop
+        draws_B = draw_own_rows(lambda rows: torch.rand(rows, device=device), layout.batch_size)
+        return draws_B < self.path_drop
 
     def _of_rows(
         self, of_sequence_B: Tensor, layout: TokenLayout, selection: Selection | None

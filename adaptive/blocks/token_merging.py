@@ -27,6 +27,7 @@ from adaptive.routing.merging import (
 )
 from adaptive.routing.recompute import decide
 from adaptive.routing.tape import RoutingRecord, current_tape
+from parallel.draws import draw_own_rows
 
 Kind = Literal["bsm", "pitome", "pitome_text", "adjacent", "mctf", "random"]
 
@@ -134,7 +135,8 @@ class TokenMerging(RoutedBlock):
             options["protected_T"] = place_T < self.protected
         if self.matching == "random":
             # Draws are of the metric's device and dtype, and of every rank alike.
-            draws_T = torch.rand(layout.tokens, device=metric_TC.device)
+            device = metric_TC.device
+            draws_T = draw_own_rows(lambda tokens: torch.rand(tokens, device=device), layout.tokens)
             return random_pairs(metric_TC, layout, sizes, draws_T=draws_T, **options)
         if self.matching in ("bsm", "adjacent"):
             match = bsm if self.matching == "bsm" else adjacent

@@ -33,6 +33,7 @@ from adaptive.ops.parameter_weights import (
 )
 from adaptive.routing.recompute import decide
 from parallel.autocast import computing_dtype, without_autocast
+from parallel.draws import first_of_batch
 from parallel.linear import add_product, product, uses_onednn
 
 # Scores of one block, in numbers a thread: 1 MiB of float32 stays in a core's second-level cache.
@@ -45,7 +46,10 @@ _SEEDED_ROWS = 64
 
 @dataclass(frozen=True)
 class _Options:
-    """What a call asks for, beside its tensors. Fields as in `parameter_attention`."""
+    """What a call asks for, beside its tensors. Fields as in `parameter_attention`.
+
+    `first` is the number of the first row in a batch that is drawn for as a whole, else None.
+    """
 
     activation: Activation
     top_k: int | None
@@ -54,6 +58,7 @@ class _Options:
     shard: int
     save_memory: bool
     group: dist.ProcessGroup | None
+    first: int | None
 
 
 def parameter_attention(
@@ -116,9 +121,10 @@ def parameter_attention(
     x_TD, key_tokens_ND = x_TD.to(dtype), key_tokens_ND.to(dtype)
     value_tokens_NO = value_tokens_NO.to(dtype)
     seed = decide(lambda: int(torch.randint(2**31, (), device="cpu"))) if dropout else 0
+    first = first_of_batch(x_TD.shape[0])
     # Without a backward there is nothing to keep scores for.
     save_memory = save_memory or not torch.is_grad_enabled()
-    options = _Options(activation, top_k, dropout, seed, shard, save_memory, group)
+    options = _Options(activation, top_k, dropout, seed, shard, save_memory, group, first)
     function = choose("parameter_attention", x_TD).function
     with without_autocast(x_TD.device.type):
         return function(x_TD, key_tokens_ND, value_tokens_NO, scale, options)
@@ -330,9 +336,27 @@ def _keep_mask(weights_RN: Tensor, start: int, options: _Options) -> Tensor:
     rank = dist.get_rank(options.group) if group_size(options.group) > 1 else 0
     generator = torch.Generator(weights_RN.device)
     mask_RN = torch.empty_like(weights_RN)
+    if options.first is not None:
+        return _part_of_mask(mask_RN, options.first + start, rank, generator, options)
     for at in range(0, mask_RN.shape[0], _SEEDED_ROWS):
         generator.manual_seed(_mixed(options.seed, options.shard, rank, start + at))
         mask_RN[at : at + _SEEDED_ROWS].bernoulli_(1 - options.dropout, generator=generator)
+    return mask_RN.div_(1 - options.dropout)
+
+
+def _part_of_mask(
+    mask_RN: Tensor, first: int, rank: int, generator: torch.Generator, options: _Options
+) -> Tensor:
+    """The rows from `first` on, and this rank's columns, of a mask for everybody's."""
+    rows, width = mask_RN.shape
+    total = width * group_size(options.group)
+    for at in range(first - first % _SEEDED_ROWS, first + rows, _SEEDED_ROWS):
+        generator.manual_seed(_mixed(options.seed, options.shard, 0, at))
+        drawn_SN = mask_RN.new_empty(_SEEDED_ROWS, total)
+        drawn_SN.bernoulli_(1 - options.dropout, generator=generator)
+        begin, end = max(at, first), min(at + _SEEDED_ROWS, first + rows)
+        own_RN = drawn_SN[begin - at : end - at, rank * width : (rank + 1) * width]
+        mask_RN[begin - first : end - first] = own_RN
     return mask_RN.div_(1 - options.dropout)
 
 

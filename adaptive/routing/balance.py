@@ -72,3 +72,8 @@ class ExpertBias(ExactBuffers):
         """Move the bias by the load counted since the last update. Nothing counted: no move."""
         self.bias += self.rate * torch.sign(self.load.mean() - self.load)
         self.load.zero_()
+
+
+def biased(scores_TE: Tensor, bias: ExpertBias | None) -> Tensor:
+    """[T, E]: what experts are chosen by."""
+    return scores_TE if bias is None else scores_TE + bias.bias

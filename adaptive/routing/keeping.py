@@ -16,6 +16,7 @@ from torch import Tensor
 from adaptive.routing.choice import capacity_tokens, expert_choice, expert_choice_packed
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.selection import Selection
+from parallel.draws import draw_own_rows
 
 Keeping = Literal["structured", "random"]
 
@@ -106,7 +107,12 @@ def draw_keep_ids(
     seq_len = math.prod(grid)
     if keep == 1:
         return torch.arange(seq_len, device=device).expand(batch_size, -1)
-    draws_BS = torch.rand(batch_size, seq_len, generator=generator, device=device)
+
+    def draw(rows: int) -> Tensor:
+        return torch.rand(rows, seq_len, generator=generator, device=device)
+
+    # A generator of the caller's is of these rows already.
+    draws_BS = draw_own_rows(draw, batch_size) if generator is None else draw(batch_size)
     if keeping == "random":
         kept = expert_choice(draws_BS, capacity_tokens(keep, seq_len))
         return kept.positions.view(batch_size, -1)
@@ -172,7 +178,8 @@ def keep_packed(layout: TokenLayout, *, keep: float, keeping: Keeping = "structu
     one length.
     """
     check_keeping(keep, keeping, None)
-    draws_T = torch.rand(layout.tokens, device=layout.positions.device)
+    device = layout.positions.device
+    draws_T = draw_own_rows(lambda tokens: torch.rand(tokens, device=device), layout.tokens)
     if keeping == "random":
         return expert_choice_packed(draws_T, layout, keep)
     cells = cells_for(keep, 1)

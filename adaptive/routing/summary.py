@@ -87,7 +87,7 @@ class RoutingWindow:
     def add(self, records: Iterable[RoutingRecord]) -> None:
         """Keep the scalars of some records. Computes nothing."""
         for record in records:
-            light = replace(record, weights=None, chosen=None)
+            light = replace(record, weights=None, chosen=None, scores=None)
             self._records.setdefault(record.name, []).append(light)
 
     @property

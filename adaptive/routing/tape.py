@@ -55,6 +55,8 @@ class RoutingRecord:
         weights: the router weights themselves, for histograms; detached.
         chosen: which tokens took part: bool [tokens of the source] (depth), or the chosen
             experts int64 [tokens, top_k] (width).
+        scores: what the router chose by, the larger first, noise and bias included: float [tokens]
+            (depth) or [tokens, choices]; None where nothing was compared.
     """
 
     name: str
@@ -76,6 +78,7 @@ class RoutingRecord:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     weights: Tensor | None = None
     chosen: Tensor | None = None
+    scores: Tensor | None = None
 
 
 class AuxiliaryLoss(NamedTuple):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from parallel.checks.choices import Choices, Difference, first_difference
+
 
 @dataclass
 class Trace:
@@ -17,6 +19,7 @@ class Trace:
         gradients: of the first step, averaged, before clipping.
         updates: weights after the first step less those before.
         weights: after the last step.
+        choices: of the routers, of every step, where the subject tells.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -24,6 +27,7 @@ class Trace:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     updates: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    choices: list[Choices] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,24 @@ class Row:
 
 @dataclass
 class Report:
-    """Every comparison of one mesh with one rank, worst first."""
+    """Every comparison of one mesh with one rank, worst first.
+
+    Attributes:
+        mesh: as it is written on the command line.
+        tolerance: largest relative error that counts as agreement.
+        rows: where a tie was chosen otherwise, only those of what came before it.
+        difference: the first choice of a router that was another one.
+    """
 
     mesh: str
     tolerance: float
     rows: list[Row]
+    difference: Difference | None = None
 
     @property
     def ok(self) -> bool:
-        return all(row.error <= self.tolerance for row in self.rows)
+        chose = self.difference is None or self.difference.tied
+        return chose and all(row.error <= self.tolerance for row in self.rows)
 
     @property
     def worst(self) -> Row:
@@ -59,6 +72,8 @@ class Report:
 
     def table(self, limit: int = 20) -> str:
         """A text table, worst first; names what was left out."""
+        if not self.rows:
+            return "nothing came before it that could be compared: try another seed"
         width = max(len(row.name) for row in self.rows[:limit])
         lines = [f"{'':9} {'quantity':<9} {'name':<{width}} {'error':>9} {'size':>9}"]
         for row in self.rows[:limit]:
@@ -79,7 +94,11 @@ def compare(reference: Trace, trace: Trace, *, mesh: str, tolerance: float = 1e-
     of the largest element of all tensors where that is more, so that the rounding of a gradient
     that cancels to nearly zero does not count as disagreement. An update is seen only
     as a difference of weights: one rounding of the weight is taken off.
+
+    Where a router chose otherwise at a tie within rounding, both are right and go on differently:
+    only what came before it is compared.
     """
+    difference = first_difference(reference.choices, trace.choices, tolerance=tolerance)
     rows = []
     pairs = [("loss", reference.losses, trace.losses), ("norm", reference.norms, trace.norms)]
     for quantity, expected, found in pairs:
@@ -89,8 +108,17 @@ def compare(reference: Trace, trace: Trace, *, mesh: str, tolerance: float = 1e-
         rounded = reference.weights if quantity == "update" else {}
         expected, found = getattr(reference, name), getattr(trace, name)
         rows += _compare_tensors(quantity, expected, found, rounded)
+    if difference is not None and difference.tied:
+        rows = [row for row in rows if _before(row, difference.step)]
     rows.sort(key=lambda row: -row.error)
-    return Report(mesh, tolerance, rows)
+    return Report(mesh, tolerance, rows, difference)
+
+
+def _before(row: Row, step: int) -> bool:
+    """Whether what is compared was there before a step."""
+    if row.quantity in ("loss", "norm"):
+        return int(row.name.removeprefix("step ")) < step
+    return row.quantity != "weight" and step > 0
 
 
 def _compare_tensors(

@@ -34,13 +34,33 @@ def test_recipe_and_own_model_end_with_the_verdict_as_exit_code() -> None:
     assert lines[2].split()[:3] == ["DISAGREES", "gradient", "layers.1.router.weight"]
 
 
-def test_noise_is_drawn_by_row_however_the_batch_is_split() -> None:
-    """The Gumbel noise of SkipLayer; choices, and so the loss, would differ by rank."""
-    words = ["model.mixture_of_depths=null", "model.skip_layer.density=0.5", "train.seed=3"]
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["model.skip_layer.density=0.5"],
+        ["model.pattention.tokens=16", "model.pattention.dropout=0.3"],
+    ],
+    ids=["gumbel", "dropout"],
+)
+def test_noise_is_drawn_by_row_however_the_batch_is_split(method: list[str]) -> None:
+    """Choices and masks, and so the loss, would differ by rank."""
+    words = ["model.mixture_of_depths=null", *method, "train.seed=3"]
     meshes = ["--meshes", "data=2", "--micro-batches", "2", "--steps", "1"]
     noisy = run("--config", "recipes/mod_lm.yaml", *SMALL, *words, *meshes)
     assert noisy.returncode == 0, noisy.stdout[:600] + noisy.stderr
     assert "data=2: agrees with one rank" in noisy.stdout
+
+
+def test_a_tie_within_rounding_is_told_from_a_gradient_that_differs(tmp_path: Path) -> None:
+    """Of tokens that are all alike, the last bit of a sum decides who is chosen."""
+    (tmp_path / "alike.txt").write_text("a" * 20_000)
+    words = [*SMALL[:1], "model.num_layers=3", *SMALL[2:], f"data.path={tmp_path}/alike.txt"]
+    meshes = ["--meshes", "tensor=2", "--steps", "1"]
+    tied = run("--config", "recipes/mod_lm.yaml", *words, f"data.cache={tmp_path}/cache", *meshes)
+    assert tied.returncode == 0, tied.stdout + tied.stderr
+    assert "step 0, layers.1: token " in tied.stdout
+    assert ": a tie within rounding; " in tied.stdout
+    assert "not compared" in tied.stdout
 
 
 @pytest.mark.parametrize(

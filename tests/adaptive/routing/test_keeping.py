@@ -15,6 +15,7 @@ from adaptive.routing.keeping import (
     keep_packed,
     selection_of,
 )
+from parallel.draws import drawing_part
 
 SHARES = [0.125, 0.25, 0.375, 0.5]
 PAPER_CELLS = {0.25: ((2, 2), 1), 0.5: ((2, 2), 2), 0.375: ((4, 4), 6), 0.125: ((4, 4), 2)}
@@ -138,3 +139,20 @@ def test_columns_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         selection_of(torch.zeros(shape, dtype=torch.long), TokenLayout.from_lengths(lengths))
+
+
+@pytest.mark.parametrize("grid", [(12,), None])
+def test_parts_of_a_batch_draw_what_the_whole_batch_draws(grid: tuple[int, ...] | None) -> None:
+    """As a parity check asks: rows 2 and 3 keep the same tokens alone as among 4."""
+
+    def kept(rows: int) -> torch.Tensor:
+        torch.manual_seed(5)
+        if grid is not None:
+            return draw_keep_ids(rows, grid, keep=0.5)
+        layout = TokenLayout.dense(rows, 12)
+        return keep_packed(layout, keep=0.5).mask(rows * 12).view(rows, 12)
+
+    whole = kept(4)
+    with drawing_part(2, 2, 4):
+        assert torch.equal(kept(2), whole[2:])
+    assert not torch.equal(kept(2), whole[2:])
