@@ -103,8 +103,10 @@ class Leg:
                     return process
         raise Lost(f"{name}: is not there")
 
-    def wait_until(self, what: str, ready: Any) -> None:
-        deadline = time.monotonic() + 300
+    def wait_until(
+        self, what: str, ready: Any, *, seconds: float = 300, every: float = 0.005
+    ) -> None:
+        deadline = time.monotonic() + seconds
         while not ready():
             if self.process.poll() is not None:
                 raise Lost(
@@ -112,7 +114,7 @@ class Leg:
                 )
             if time.monotonic() > deadline:
                 raise Lost(f"never came to {what}")
-            time.sleep(0.005)
+            time.sleep(every)
 
     def close(self) -> None:
         for process in self.processes():

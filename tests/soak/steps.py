@@ -37,7 +37,13 @@ def measure_steps(folder: Path, *, steps: int = 20_000) -> list[dict[str, Any]]:
         for step in [at for at in AT if at <= steps]:
             # The last figures are taken while the run still is there.
             seen = min(step, steps - 50)
-            leg.wait_until(f"step {step}", lambda seen=seen: leg.steps()[-1:] >= [seen])
+            # The whole log is read each time: seldom, lest that be what is measured.
+            leg.wait_until(
+                f"step {step}",
+                lambda seen=seen: leg.steps()[-1:] >= [seen],
+                seconds=3600,
+                every=2,
+            )
             rows.append(_row(leg, output, seen, time.monotonic() - begun))
             print(json.dumps(rows[-1]), flush=True)
         if leg.process.wait(timeout=600):
