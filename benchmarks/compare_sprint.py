@@ -43,8 +43,8 @@ from launch.generation.quality import Judge
 from launch.run.config import load_config
 from launch.run.finished import unfinished
 from launch.run.sections import RunConfig
+from launch.run.training import run
 from launch.tasks.diffusion import DiffusionTask
-from launch.train import run
 from parallel.mesh import Mesh
 from parallel.ranks import end_with_parent
 

@@ -21,8 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import save
-from launch.plan import plan
 from launch.planning.machines import Machine, between
+from launch.planning.plans import plan
 from launch.planning.probe import measure
 from launch.run.children import Child
 from launch.run.config import load_config

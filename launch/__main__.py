@@ -14,27 +14,28 @@ import runpy
 import sys
 from pathlib import Path
 
-from launch.run.errors import BadInput, exit_on_bad_input
+from launch.run.errors import BadInput, program
 
 FOLDER = Path(__file__).parent
 # launch/train.py is one rank; launch/start.py is what a user calls training.
 TRAIN, RANK = "start", "train"
 
 
-def main() -> None:
+@program
+def main(arguments: list[str] | None = None) -> int:
     """Run the program that the command line names, in its place; its exit code is ours."""
     found = programs()
-    words = sys.argv[1:]
+    words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(overview(found))
-        raise SystemExit(0 if words else 2)
-    with exit_on_bad_input():
-        if words[0] not in found:
-            raise BadInput(f"{words[0]}: must be one of {', '.join(found)}")
+        return 0 if words else 2
+    if words[0] not in found:
+        raise BadInput(f"{words[0]}: must be one of {', '.join(found)}")
     # As `python -m` has it: tasks of one's own are found in the folder where one stands.
     sys.path.insert(0, os.getcwd())
-    sys.argv = sys.argv[1:]
+    sys.argv = words
     runpy.run_module(f"launch.{found[words[0]][0]}", run_name="__main__", alter_sys=True)
+    return 0
 
 
 def programs() -> dict[str, tuple[str, str]]:

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from adaptive.routing.scope import BatchScope
-from adaptive.routing.tape import RoutingTape
 from launch.run.config import load_config
-from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
-from launch.run.options import check_counts, check_positive, check_seed, refuse_empty_values
-from launch.run.parity_trainer import deepspeed_trainer
-from launch.run.sections import RunConfig
+from launch.run.errors import BadInput, OneLineParser, program
+from launch.run.options import (
+    check_counts,
+    check_positive,
+    check_seed,
+    parse_mesh,
+    refuse_empty_values,
+)
+from launch.run.parity import RecipeSubject, deepspeed_trainer
 from launch.run.zero import check_zero
 from launch.tasks.registry import task_class
 from parallel.checks.faults import FAULTS
-from parallel.draws import drawing_part
-from parallel.mesh import Mesh
-from parallel.parity import Batch, PlainTrainer, Settings, Share, check_parity
+from parallel.parity import PlainTrainer, Settings, check_parity
 
 _EPILOG = """\
 A mesh is written as its axes: tensor=2,sequence_parallel=true or context=2,context_attention=ring.
@@ -36,98 +29,42 @@ of parallel.parity.Subject (build, batch, tokens, losses).
 """
 
 
-@dataclass(frozen=True)
-class RecipeSubject:
-    """The model, data and loss of a recipe. On a CPU in float32, with every dropout at work."""
-
-    config: RunConfig
-    rows: int
-    device: str = "cpu"
-
-    def _task(self, mesh: Mesh) -> Any:
-        config = self.config
-        return task_class(config.task)(config, mesh=mesh, device=torch.device(self.device))
-
-    def _rows(self, step: int) -> range:
-        return range(step * self.rows, (step + 1) * self.rows)
-
-    def build(self, mesh: Mesh) -> nn.Module:
-        return self._task(mesh).build_model()
-
-    def batch(self, step: int) -> Batch:
-        task = self._task(Mesh.single())
-        return task.on_device(task.batch(self._rows(step)), self.device)
-
-    def tokens(self, step: int) -> int:
-        return self._task(Mesh.single()).tokens(self._rows(step))
-
-    @contextmanager
-    def _draws(self, batch: Batch, index: int, share: Share) -> Iterator[None]:
-        """Random draws of tokens are those of the whole batch, however it is split."""
-        torch.manual_seed(self.config.train.seed)
-        rows = len(next(iter(batch.values())))
-        first = (share.mesh.data_rank * share.micro_batches + index) * rows
-        with drawing_part(first, rows, rows * share.mesh.data * share.micro_batches):
-            yield
-
-    def losses(
-        self, model: nn.Module, micro_batches: Sequence[Batch], share: Share
-    ) -> Iterator[Tensor]:
-        task = self._task(share.mesh)
-        scope = BatchScope.of(share.mesh, share.tokens, micro_batches=share.micro_batches)
-        if share.micro_batches > 1:
-            scope.start_census()
-            for index, batch in enumerate(micro_batches):
-                with self._draws(batch, index, share), torch.no_grad(), RoutingTape(scope=scope):
-                    task.loss_sum(model, batch)
-            scope.finish_census()
-        for index, batch in enumerate(micro_batches):
-            with self._draws(batch, index, share), RoutingTape(model, scope=scope) as tape:
-                total = task.loss_sum(model, batch)
-            for record in tape.records:
-                if record.chosen is not None:
-                    share.choices.add(record.name, record.chosen, record.scores)
-            yield total * (scope.replicas / share.tokens) + tape.loss()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    with exit_on_bad_input():
-        options = _parser().parse_args(arguments)
-        check_seed(options.seed)
-        check_counts(options, "steps", "rows", "micro_batches")
-        check_positive(options, "tolerance", "timeout")
-        settings = Settings(
-            steps=options.steps, micro_batches=options.micro_batches, seed=options.seed
+@program
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    check_seed(options.seed)
+    check_counts(options, "steps", "rows", "micro_batches")
+    check_positive(options, "tolerance", "timeout")
+    settings = Settings(steps=options.steps, micro_batches=options.micro_batches, seed=options.seed)
+    subject: str | RecipeSubject
+    if options.subject is not None:
+        subject = options.subject
+    else:
+        refuse_empty_values(options.overrides)
+        config = load_config(options.config, options.overrides)
+        device = "cuda" if options.cuda else "cpu"
+        task_class(config.task).check(config)
+        subject = RecipeSubject(config, options.rows, device)
+    meshes = [parse_mesh(text) for text in options.meshes]
+    if options.zero is not None:
+        for mesh in meshes:
+            axes = {axis: int(mesh.get(axis, 1)) for axis in ("tensor", "expert")}
+            check_zero(options.zero, **axes)
+    try:
+        reports = check_parity(
+            subject,
+            meshes,
+            settings,
+            tolerance=options.tolerance,
+            make_trainer=(
+                PlainTrainer if options.zero is None else deepspeed_trainer(options.zero)
+            ),
+            fault=None if options.fault is None else FAULTS[options.fault],
+            cuda=options.cuda,
+            timeout=options.timeout,
         )
-        subject: str | RecipeSubject
-        if options.subject is not None:
-            subject = options.subject
-        else:
-            refuse_empty_values(options.overrides)
-            config = load_config(options.config, options.overrides)
-            device = "cuda" if options.cuda else "cpu"
-            task_class(config.task).check(config)
-            subject = RecipeSubject(config, options.rows, device)
-        meshes = [parse_mesh(text) for text in options.meshes]
-        if options.zero is not None:
-            for mesh in meshes:
-                axes = {axis: int(mesh.get(axis, 1)) for axis in ("tensor", "expert")}
-                check_zero(options.zero, **axes)
-        try:
-            reports = check_parity(
-                subject,
-                meshes,
-                settings,
-                tolerance=options.tolerance,
-                make_trainer=(
-                    PlainTrainer if options.zero is None else deepspeed_trainer(options.zero)
-                ),
-                fault=None if options.fault is None else FAULTS[options.fault],
-                cuda=options.cuda,
-                timeout=options.timeout,
-            )
-        except ValueError as error:
-            raise BadInput(str(error)) from None
+    except ValueError as error:
+        raise BadInput(str(error)) from None
     for report in reports:
         verdict = "agrees with one rank" if report.ok else "DISAGREES with one rank"
         print(f"\n{report.mesh}: {verdict} (tolerance {report.tolerance:g})")
@@ -136,32 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
             if report.difference.tied:
                 print("What follows from it is right on either side and not compared.")
         print(report.table(options.limit))
-    raise SystemExit(0 if all(report.ok for report in reports) else 1)
-
-
-def parse_mesh(text: str) -> dict[str, Any]:
-    """`tensor=2,sequence_parallel=true` as arguments of `Mesh.create`.
-
-    Raises:
-        BadInput: an unknown axis or a value that is none.
-    """
-    mesh: dict[str, Any] = {}
-    for word in text.split(","):
-        name, _, value = word.partition("=")
-        if name == "sequence_parallel" and value in ("true", "false"):
-            mesh[name] = value == "true"
-        elif name == "context_attention" and value in ("ulysses", "ring"):
-            mesh[name] = value
-        elif name in ("data", "tensor", "context", "expert") and re.fullmatch(
-            r"[1-9]\d{0,5}", value
-        ):
-            mesh[name] = int(value)
-        else:
-            raise BadInput(
-                f"mesh {text!r}: {word!r} must be data, tensor, context or expert=NUMBER from 1, "
-                "sequence_parallel=true or context_attention=ring"
-            )
-    return mesh
+    return 0 if all(report.ok for report in reports) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from launch.checkpoint.files import find_checkpoint, read_whole, write_whole
 from launch.checkpoint.state import WholeState
-from launch.parity import parse_mesh
 from launch.run.config import ParallelConfig
-from launch.run.errors import BadInput, OneLineParser, exit_on_bad_input
+from launch.run.errors import BadInput, OneLineParser, program
+from launch.run.options import parse_mesh
 from launch.run.sections import RunConfig
 from launch.run.trust import add_trust_option
 from launch.run.writable import check_folder
@@ -85,23 +85,24 @@ def verify(checkpoint: Path, whole: WholeState, mesh: dict[str, Any], stage: int
     return ""
 
 
-def main(arguments: list[str] | None = None) -> None:
-    with exit_on_bad_input():
-        options = _parser().parse_args(arguments)
-        mesh = None if options.to is None else parse_mesh(options.to)
-        if mesh is not None:
-            axes = {axis: int(mesh.get(axis, 1)) for axis in ("tensor", "expert")}
-            check_zero(options.zero, **axes)
-        check_folder("--output", options.output)
-        source = find_checkpoint(options.checkpoint)
-        written, whole = reshard(source, Path(options.output))
-        different = "" if mesh is None else verify(written, whole, mesh, options.zero)
+@program
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    mesh = None if options.to is None else parse_mesh(options.to)
+    if mesh is not None:
+        axes = {axis: int(mesh.get(axis, 1)) for axis in ("tensor", "expert")}
+        check_zero(options.zero, **axes)
+    check_folder("--output", options.output)
+    source = find_checkpoint(options.checkpoint)
+    written, whole = reshard(source, Path(options.output))
+    different = "" if mesh is None else verify(written, whole, mesh, options.zero)
     if different:
         print(f"{written}: {different} differs after loading on {options.to}")
-        raise SystemExit(1)
+        return 1
     tensors = len(_tensors(whole))
     checked = "" if mesh is None else f"; all equal after loading on {options.to}"
     print(f"{written}: {tensors} tensors of step {whole.state.step}{checked}")
+    return 0
 
 
 def _tensors(whole: WholeState) -> dict[str, Tensor]:

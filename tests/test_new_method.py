@@ -25,7 +25,7 @@ from adaptive import RoutingTape, start_step
 from adaptive.blocks.method import methods
 from adaptive.flops import executed_flops, nominal_flops, planned_flops
 from adaptive.models import Decoder
-from launch.plan import plan
+from launch.planning.plans import plan
 from launch.planning.machines import PUBLISHED
 from launch.run.config import load_config
 from parallel.mesh import Mesh

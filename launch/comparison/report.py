@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 from pathlib import Path
@@ -53,8 +54,8 @@ def table(comparison: Comparison, outcomes: list[dict[str, Any]]) -> str:
             f"{runs[0]['tokens']:,}",
             f"{executed:.3g}",
             f"{executed / nominal:.3f}",
-            _spread([run["validation_loss"] for run in runs]),
-            _spread([run["validation_loss_training_choice"] for run in runs]),
+            mean_and_deviation([run["validation_loss"] for run in runs]),
+            mean_and_deviation([run["validation_loss_training_choice"] for run in runs]),
             f"{statistics.mean(run['seconds'] for run in runs):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -109,9 +110,11 @@ def plot(comparison: Comparison, outcomes: list[dict[str, Any]], path: Path) -> 
     pyplot.close(figure)
 
 
-def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {deviation:.3f}"
+def mean_and_deviation(values: list[float], form: str = "{:.3f} ± {:.3f}") -> str:
+    """Of one value, a deviation of 0; not a number where a value is none."""
+    known = all(map(math.isfinite, values))
+    deviation = (statistics.stdev(values) if known else math.nan) if len(values) > 1 else 0.0
+    return form.format(statistics.fmean(values), deviation)
 
 
 def _processor() -> str:

@@ -15,20 +15,18 @@ from launch.checkpoint.contents import newest_checkpoint
 from launch.checkpoint.files import read_state
 from launch.checkpoint.state import RunState
 from launch.run.arguments import parse
-from launch.run.errors import exit_on_bad_input
+from launch.run.errors import Failed, program
+from launch.run.launcher import launcher_options
 from launch.run.sections import RunConfig
-from launch.start import launcher_options
 
 
+@program
 def main(arguments: list[str] | None = None) -> None:
-    with exit_on_bad_input():
-        # The launcher's options are those of the run's own command line; none matters here.
-        parsed = parse(
-            arguments, program="python -m launch.run.finished", launcher=launcher_options()
-        )
-        problem = unfinished(parsed.config)
+    # The launcher's options are those of the run's own command line; none matters here.
+    parsed = parse(arguments, program="python -m launch.run.finished", launcher=launcher_options())
+    problem = unfinished(parsed.config)
     if problem is not None:
-        raise SystemExit(f"error: {problem}")
+        raise Failed(problem)
 
 
 def unfinished(config: RunConfig) -> str | None:

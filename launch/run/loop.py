@@ -41,7 +41,7 @@ from launch.checkpoint.state import RunState, WholeState
 from launch.run.ahead import Ahead
 from launch.run.config import load_saved
 from launch.run.engine import Engine
-from launch.run.errors import BadInput
+from launch.run.errors import BadInput, Failed
 from launch.run.marks import Marks
 from launch.run.optimizer import learning_rate_at
 from launch.run.ranks import StopRequest, is_first
@@ -51,10 +51,6 @@ from parallel.checkpoint import collectively, save_atomically, step_of
 from parallel.mesh import Mesh
 
 Tensors = dict[str, Tensor]
-
-
-class RunFailed(RuntimeError):  # noqa: N818 -- named for what it says to the user
-    """Training cannot go on: the message is one line for the user."""
 
 
 @dataclass
@@ -221,7 +217,7 @@ class Loop:
         """Write a checkpoint of where the run is. Collective.
 
         Raises:
-            RunFailed: on every rank, when one could not write or weights are not finite; the
+            Failed: on every rank, when one could not write or weights are not finite; the
                 checkpoints before stay.
         """
 
@@ -245,7 +241,7 @@ class Loop:
                 raise
             newest = newest_checkpoint(self.root, checksums=False)
             left = "there is none" if newest is None else f"newest is step {step_of(newest)}"
-            raise RunFailed(
+            raise Failed(
                 f"{self.config.output}: {reason} (checkpoint of step {step} not written; {left})"
             ) from error
 
@@ -310,7 +306,7 @@ class Loop:
         """Check that every parameter had a gradient by now, when the time for that is over.
 
         Raises:
-            RunFailed: names those that had none.
+            Failed: names those that had none.
         """
         within = self.config.train.move_within
         if not within or not self._unmoved or not self.engine.keeps_moments:
@@ -327,7 +323,7 @@ class Loop:
             names = ", ".join(waiting[:5]) + (
                 f" and {len(waiting) - 5} more" if len(waiting) > 5 else ""
             )
-            raise RunFailed(f"{names}: had no gradient within train.move_within={within} steps")
+            raise Failed(f"{names}: had no gradient within train.move_within={within} steps")
 
     def _micro_batches(self, rows: range) -> list[tuple[range, Batch]]:
         engine, span = self.engine, self.engine.micro_batch

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from launch.run.errors import BadInput
 from launch.run.sections import LARGEST_WHOLE
@@ -54,3 +56,28 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise BadInput(f"--{name.replace('_', '-')}={value}: must be a number above 0")
+
+
+def parse_mesh(text: str) -> dict[str, Any]:
+    """`tensor=2,sequence_parallel=true` as arguments of `Mesh.create`.
+
+    Raises:
+        BadInput: an unknown axis or a value that is none.
+    """
+    mesh: dict[str, Any] = {}
+    for word in text.split(","):
+        name, _, value = word.partition("=")
+        if name == "sequence_parallel" and value in ("true", "false"):
+            mesh[name] = value == "true"
+        elif name == "context_attention" and value in ("ulysses", "ring"):
+            mesh[name] = value
+        elif name in ("data", "tensor", "context", "expert") and re.fullmatch(
+            r"[1-9]\d{0,5}", value
+        ):
+            mesh[name] = int(value)
+        else:
+            raise BadInput(
+                f"mesh {text!r}: {word!r} must be data, tensor, context or expert=NUMBER from 1, "
+                "sequence_parallel=true or context_attention=ring"
+            )
+    return mesh

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launch.checkpoint.contents import WEIGHTS
+from launch.checkpoint.files import save_tensors, write_description
 from launch.checkpoint.state import RunState
 from launch.run.config import from_mapping
 from launch.run.engine import Engine
@@ -16,6 +18,7 @@ from launch.run.loop import Loop
 from launch.run.ranks import StopRequest, join_ranks
 from launch.run.sections import RunConfig
 from launch.tasks.registry import task_class
+from parallel.checkpoint import save_atomically
 from parallel.mesh import Mesh
 
 
@@ -94,3 +97,13 @@ def train_few(tree: dict[str, Any], stages: tuple[int, ...]) -> dict[int, Outcom
         loop.engine.close()
         torch.manual_seed(0)
     return outcomes
+
+
+def write_untrained(config: RunConfig, state: RunState) -> None:
+    """A checkpoint of `config.output` that says where a run is, of one weight."""
+
+    def write(folder: Path) -> None:
+        write_description(folder, state, config)
+        save_tensors({"weight": torch.zeros(1)}, folder / WEIGHTS)
+
+    save_atomically(Path(config.output) / "checkpoints", state.step, write)

@@ -145,7 +145,7 @@ def test_two_ranks_grow_into_four(folder: Path) -> None:
 
 def run_growing(plain: dict[str, Any]) -> list[str]:
     """A whole run by the program's own loop; the validation losses that it logged."""
-    from launch.train import run
+    from launch.run.training import run
 
     run(from_mapping(plain))
     dist.barrier()

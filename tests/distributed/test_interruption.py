@@ -20,7 +20,7 @@ import yaml
 from adaptive.observe.metric_log import read_metrics
 from launch.checkpoint.files import find_checkpoint, load_model, read_state
 from launch.run.config import from_mapping
-from launch.train import run
+from launch.run.training import run
 from parallel.checkpoint import newest_intact
 from tests.distributed.failing import ROW
 from tests.distributed.runs import make_loop, tiny_config, train_few, write_text

@@ -17,7 +17,7 @@ from adaptive.observe.monitor import Monitor
 from adaptive.routing.summary import RoutingWindow
 from adaptive.routing.tape import RoutingRecord
 from launch.run.config import load_config
-from launch.train import run
+from launch.run.training import run
 from tests.ranks import run_ranks
 
 RECIPE = {

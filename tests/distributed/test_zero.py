@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from launch.run.errors import BadInput
-from launch.run.parity_trainer import deepspeed_trainer
+from launch.run.parity import deepspeed_trainer
 from launch.run.zero import check_zero
 from parallel.parity import Report, Settings, check_on_ranks
 from tests.distributed.subjects import FAMILIES

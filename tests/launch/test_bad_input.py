@@ -16,7 +16,8 @@ import yaml
 
 from launch.run.config import from_mapping
 from launch.run.errors import BadInput
-from launch.start import count_ranks, main
+from launch.run.launcher import count_ranks
+from launch.start import main
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 
@@ -149,7 +150,7 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         ("deepspeed.wandb.enabled=true", "deepspeed.wandb.enabled=True: must be false"),
         ("deepspeed.csv_monitor.enabled=true", "deepspeed.csv_monitor.enabled=True: must be"),
         ("deepspeed.optimizer.type=Muon", "deepspeed.optimizer.type='Muon': must be another"),
-        ("task=sing", "task=sing: must be one of language_model, diffusion, or module:Class"),
+        ("task=sing", "task=sing: must be one of language_model, diffusion, "),
         ("steps", "'steps': must be section.key=value"),
         ("--rank=2", "unrecognized arguments: --rank=2"),
         ("--ranks=0", "--ranks=0: must be at least 1"),

@@ -44,10 +44,11 @@ kernels._checks()
 COMPARE = """
 import sys
 from launch import compare
+from launch.comparison import runs
 from launch.run.children import Children
 whole = Children.__init__
 Children.__init__ = lambda self: whole(self, seconds=2.0)
-compare.TRAIN = {child!r}
+runs.TRAIN = {child!r}
 compare.main([{comparison!r}, "--jobs", "1"])
 """
 

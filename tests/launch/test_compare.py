@@ -10,18 +10,18 @@ import pytest
 import torch
 import yaml
 
-from launch.checkpoint.files import find_checkpoint, load_model, read_state, write_description
+from launch.checkpoint.files import find_checkpoint, load_model, read_state
 from launch.checkpoint.models import held_out_loss
 from launch.checkpoint.state import RunState
-from launch.compare import Run, finish, main, plan_runs
+from launch.compare import main
 from launch.comparison.config import load_comparison
+from launch.comparison.runs import Run, finish, plan_runs
 from launch.run.children import Children
 from launch.run.config import save_resolved
 from launch.run.errors import BadInput
 from launch.tasks.registry import task_class
-from parallel.checkpoint import save_atomically
 from parallel.mesh import Mesh
-from tests.distributed.runs import tiny_config, write_text
+from tests.distributed.runs import tiny_config, write_text, write_untrained
 
 
 @pytest.fixture
@@ -119,8 +119,8 @@ def test_an_interrupted_run_goes_on_only_with_the_same_configuration(
         write_state(run, reached)
         return 0
 
-    monkeypatch.setattr("launch.compare.Children.run", interrupted)
-    monkeypatch.setattr("launch.compare.measure", lambda _: {"steps": steps})
+    monkeypatch.setattr("launch.comparison.runs.Children.run", interrupted)
+    monkeypatch.setattr("launch.comparison.runs.measure", lambda _: {"steps": steps})
     assert finish(run, threads=1, children=Children()) is None
     changed = one_arm(
         comparison, "operations=2e8", "common=[checkpoint.every=1, train.learning_rate=1e-4]"
@@ -151,8 +151,8 @@ def test_a_result_that_could_not_be_written_whole_is_measured_again(
         whole(path, text[: len(text) // 2], **options)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("launch.compare.Children.run", trained)
-    monkeypatch.setattr("launch.compare.measure", lambda _: {"steps": steps})
+    monkeypatch.setattr("launch.comparison.runs.Children.run", trained)
+    monkeypatch.setattr("launch.comparison.runs.measure", lambda _: {"steps": steps})
     whole = Path.write_text
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
@@ -169,11 +169,7 @@ def read_steps(folder: Path) -> int:
 
 
 def write_state(run: Run, step: int) -> None:
-    save_atomically(
-        run.folder / "checkpoints",
-        step,
-        lambda folder: write_description(folder, RunState(step=step), run.config),
-    )
+    write_untrained(run.config, RunState(step=step))
     save_resolved(run.config, run.folder / "run.yaml")
 
 
@@ -193,7 +189,7 @@ def test_a_comparison_that_cannot_run_is_one_line(comparison: Path) -> None:
         ("seeds=[1, 2, 1]", "comparison.seeds=[1, 2, 1]: must hold 1 once"),
         ("arms={}", "comparison.arms={}: must name at least one arm"),
         ("arms={a b: [], a_b: []}", "comparison.arms: 'a b': a_b must be the folder of one arm"),
-        ("operations=.nan", "comparison.operations=nan: must be a number above 0"),
+        ("operations=.nan", "comparison.operations=nan: must be a finite number"),
         ("operations=0", "comparison.operations=0.0: must be a number above 0"),
         ("results=/proc/a/b", "results=/proc/a: /proc cannot be written"),
         ("seeds=", "seeds=: has no value"),

@@ -11,7 +11,8 @@ import torch
 
 from launch.checkpoint.files import write_whole
 from launch.checkpoint.state import RunState, WholeState
-from launch.compare_routing import compare, main, table
+from launch.compare_routing import main
+from launch.comparison.routing import compare, table
 from launch.run.config import from_mapping
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig

@@ -16,7 +16,7 @@ from launch.checkpoint.files import find_checkpoint
 from launch.data.mixture import Mixture
 from launch.run.config import from_mapping
 from launch.run.errors import BadInput
-from launch.train import run
+from launch.run.training import run
 from tests.distributed.runs import tiny_config
 from tests.ranks import run_ranks
 

@@ -16,11 +16,11 @@ from adaptive.flops import Work
 from launch.checkpoint.files import WEIGHTS, find_checkpoint, read_state
 from launch.checkpoint.state import RunState
 from launch.run.config import from_mapping
-from launch.run.loop import RunFailed
+from launch.run.errors import Failed
+from launch.run.training import run
 from launch.run.trust import trust
 from launch.tasks import Batch, row_generator
 from launch.tasks.language_model import LanguageModelTask
-from launch.train import run
 from tests.distributed.runs import make_loop, tiny_config, train_few, write_text
 from tests.ranks import run_ranks
 
@@ -69,7 +69,7 @@ def fail(tree: dict[str, Any], rate: float | None = None) -> str:
     config = from_mapping(tree)
     if rate is not None:
         object.__setattr__(config.train, "learning_rate", rate)
-    with pytest.raises(RunFailed) as failure:
+    with pytest.raises(Failed) as failure:
         run(config)
     return str(failure.value)
 

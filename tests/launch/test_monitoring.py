@@ -13,8 +13,8 @@ import yaml
 from adaptive.observe.metric_log import read_metrics
 from launch.checkpoint.files import load_model
 from launch.run.config import load_config
-from launch.run.loop import RunFailed
-from launch.train import run
+from launch.run.errors import Failed
+from launch.run.training import run
 from tests.ranks import run_ranks
 
 RECIPE = {
@@ -48,7 +48,7 @@ def start(arguments: list[str], rate: float | None = None) -> tuple[str, str]:
     with redirect_stdout(printed), redirect_stderr(printed):
         try:
             run(config)
-        except RunFailed as error:
+        except Failed as error:
             failure = str(error)
     return failure, printed.getvalue()
 

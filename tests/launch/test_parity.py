@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.parity import main, parse_mesh
+from launch.parity import main
+from launch.run.options import parse_mesh
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["model.dim=16", "model.num_layers=2", "model.num_heads=2", "data.seq_len=16"]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
-from launch.plan import activation_numbers, main, plan
+from launch.plan import main
 from launch.planning.machines import PUBLISHED, with_given
+from launch.planning.plans import activation_numbers, plan
 from launch.run.config import from_mapping
 from launch.run.sections import RunConfig
 from parallel.checks.traffic import Traffic

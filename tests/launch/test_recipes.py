@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.compare import plan_runs
 from launch.comparison.config import load_comparison
+from launch.comparison.runs import plan_runs
 from launch.run.config import load_config
 from launch.run.preflight import check_run
 

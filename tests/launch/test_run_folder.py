@@ -15,7 +15,7 @@ from launch.checkpoint.files import find_checkpoint, read_state
 from launch.run.config import from_mapping
 from launch.run.errors import BadInput
 from launch.run.folder import how_to_continue, only_run_in, where_to_start
-from launch.train import run
+from launch.run.training import run
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 

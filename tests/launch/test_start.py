@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.run.errors import BadInput
-from launch.start import count_ranks
+from launch.run.launcher import count_ranks
 
 
 def hostfile(folder: Path, text: str) -> argparse.Namespace:

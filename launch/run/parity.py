@@ -1,17 +1,26 @@
-"""DeepSpeed as the trainer of a parity check: SGD, clipping, ZeRO, on any mesh that it supports."""
+"""A parity check's subject, a recipe; and its trainer, DeepSpeed: SGD, clipping, ZeRO, any mesh."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptive.routing.scope import BatchScope
+from adaptive.routing.tape import RoutingTape
 from launch.run.experts import count_every_expert_once, declare_experts, expert_groups
+from launch.run.sections import RunConfig
 from launch.run.zero import check_zero
+from launch.tasks.registry import task_class
+from parallel.draws import drawing_part
 from parallel.gradients import whole
 from parallel.mesh import Mesh
-from parallel.parity import MakeTrainer, Settings, Trace
+from parallel.parity import Batch, MakeTrainer, Settings, Share, Trace
 
 
 class DeepSpeedTrainer:
@@ -105,3 +114,57 @@ class DeepSpeedTrainer:
 def deepspeed_trainer(zero_stage: int) -> MakeTrainer:
     """What `check_on_ranks(make_trainer=…)` takes."""
     return partial(DeepSpeedTrainer, zero_stage=zero_stage)
+
+
+@dataclass(frozen=True)
+class RecipeSubject:
+    """The model, data and loss of a recipe. On a CPU in float32, with every dropout at work."""
+
+    config: RunConfig
+    rows: int
+    device: str = "cpu"
+
+    def _task(self, mesh: Mesh) -> Any:
+        config = self.config
+        return task_class(config.task)(config, mesh=mesh, device=torch.device(self.device))
+
+    def _rows(self, step: int) -> range:
+        return range(step * self.rows, (step + 1) * self.rows)
+
+    def build(self, mesh: Mesh) -> nn.Module:
+        return self._task(mesh).build_model()
+
+    def batch(self, step: int) -> Batch:
+        task = self._task(Mesh.single())
+        return task.on_device(task.batch(self._rows(step)), self.device)
+
+    def tokens(self, step: int) -> int:
+        return self._task(Mesh.single()).tokens(self._rows(step))
+
+    @contextmanager
+    def _draws(self, batch: Batch, index: int, share: Share) -> Iterator[None]:
+        """Random draws of tokens are those of the whole batch, however it is split."""
+        torch.manual_seed(self.config.train.seed)
+        rows = len(next(iter(batch.values())))
+        first = (share.mesh.data_rank * share.micro_batches + index) * rows
+        with drawing_part(first, rows, rows * share.mesh.data * share.micro_batches):
+            yield
+
+    def losses(
+        self, model: nn.Module, micro_batches: Sequence[Batch], share: Share
+    ) -> Iterator[Tensor]:
+        task = self._task(share.mesh)
+        scope = BatchScope.of(share.mesh, share.tokens, micro_batches=share.micro_batches)
+        if share.micro_batches > 1:
+            scope.start_census()
+            for index, batch in enumerate(micro_batches):
+                with self._draws(batch, index, share), torch.no_grad(), RoutingTape(scope=scope):
+                    task.loss_sum(model, batch)
+            scope.finish_census()
+        for index, batch in enumerate(micro_batches):
+            with self._draws(batch, index, share), RoutingTape(model, scope=scope) as tape:
+                total = task.loss_sum(model, batch)
+            for record in tape.records:
+                if record.chosen is not None:
+                    share.choices.add(record.name, record.chosen, record.scores)
+            yield total * (scope.replicas / share.tokens) + tape.loss()

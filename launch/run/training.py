@@ -1,0 +1,249 @@
+"""A run on one rank: all its phases, from the newest checkpoint or from nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from adaptive.observe.alarms import Alarm
+from adaptive.observe.metric_log import MetricLog
+from adaptive.observe.monitor import Monitor
+from launch.checkpoint.files import find_checkpoint, read_state
+from launch.checkpoint.state import RunState
+from launch.run.config import save_resolved
+from launch.run.engine import Engine
+from launch.run.errors import BadInput, Failed
+from launch.run.failures import clear as clear_errors
+from launch.run.folder import how_to_continue, only_run_in, where_to_start
+from launch.run.loop import Loop
+from launch.run.marks import FINISHED, STOPPED, Marks
+from launch.run.marks import clear as clear_marks
+from launch.run.optimizer import learning_rate_at
+from launch.run.preflight import changed_settings, check_continues
+from launch.run.progress import Progress, final_summary
+from launch.run.ranks import StopRequest, is_first, join_ranks
+from launch.run.sections import RunConfig
+from launch.run.terminal import announced
+from launch.tasks.registry import task_class
+from parallel.mesh import Mesh
+
+
+def run(config: RunConfig, marks: Marks | None = None) -> None:
+    """Train all phases, from the newest checkpoint or from nothing; `marks` say how far it is."""
+    marks = Marks() if marks is None else marks
+    device = join_ranks()
+    if is_first():
+        print(f"{dist.get_world_size()} ranks have met on {device.type}", flush=True)
+    with ExitStack() as held:
+        source = _found_by_first_rank(lambda: _begin(config, held))
+        marks.open(Path(config.output), dist.get_rank())
+        stopped = _run_phases(config, source, device, marks)
+    marks(STOPPED if stopped else FINISHED, slow=True)
+
+
+def _begin(config: RunConfig, held: ExitStack) -> Path | None:
+    """Take the run's folder, until `held` ends; the checkpoint to start from."""
+    output = Path(config.output)
+    held.enter_context(only_run_in(output))
+    source = where_to_start(config)
+    clear_marks(output)
+    clear_errors(output)
+    save_resolved(config, output / "run.yaml")
+    return source
+
+
+def _run_phases(config: RunConfig, source: Path | None, device: torch.device, marks: Marks) -> bool:
+    """Train all phases from a checkpoint; say where everything is. Whether it was stopped."""
+    begun = time.perf_counter()
+    mesh = Mesh.create(**vars(config.parallel))
+    stop = StopRequest()
+    state = RunState()
+    if source is not None:
+        check_continues(config, source)
+        state = read_state(source)
+    # What a killed run wrote after its last checkpoint is written again.
+    first_step = 0 if source is None else state.step + 1
+    phases = config.phase_configs()
+    stopped = False
+    with _metric_log(config, first_step=first_step) as log:
+        while not stopped:
+            if state.phase_step >= phases[state.phase].train.steps:
+                if state.phase + 1 == len(phases):
+                    break
+                state = replace(state, phase=state.phase + 1, phase_step=0)
+            source, state, stopped = _run_phase(
+                config,
+                phases[state.phase],
+                state,
+                source=source,
+                mesh=mesh,
+                device=device,
+                stop=stop,
+                log=log,
+                marks=marks,
+            )
+    if is_first():
+        assert source is not None
+        if stopped:
+            print(f"stopped at step {state.step} as asked; {how_to_continue(config)}", flush=True)
+        task = task_class(config.task)(config, mesh=mesh, device=device)
+        print(
+            final_summary(
+                checkpoint=source,
+                output=Path(config.output),
+                tensorboard=config.monitor.tensorboard,
+                generate=task.generation_command(source),
+                seconds=time.perf_counter() - begun,
+            ),
+            flush=True,
+        )
+    return stopped
+
+
+def _run_phase(
+    run_config: RunConfig,
+    config: RunConfig,
+    state: RunState,
+    *,
+    source: Path | None,
+    mesh: Mesh,
+    device: torch.device,
+    stop: StopRequest,
+    log: MetricLog | None,
+    marks: Marks,
+) -> tuple[Path, RunState, bool]:
+    """Train one phase to its end, or until asked to stop; returns the checkpoint it ends with."""
+    marks("building the engine", step=state.step, slow=True)
+    task = task_class(config.task)(config, mesh=mesh, device=device)
+    with announced("building the model and its optimizer", speak=is_first()):
+        engine = Engine(config, task, mesh=mesh, device=device)
+    monitor = Monitor(
+        engine.model, log=log, every=config.monitor.every, group=mesh.token_group, device=device
+    )
+    loop = Loop(config, task, engine, state=state, stop=stop, monitor=monitor, marks=marks)
+    train = config.train
+    name = run_config.phases[state.phase].name if run_config.phases else "step"
+    progress = Progress(steps=train.steps, every=train.log_every, name=name, speak=is_first())
+    progress.say(engine.audit)
+    task.start_phase(engine)
+    if source is None and config.checkpoint.weights is not None:
+        marks("reading a checkpoint", slow=True)
+        weights = find_checkpoint(config.checkpoint.weights)
+        loop.load(weights, moments=False, task_state=False)
+        progress.say(f"beginning with the weights of {weights}")
+    elif source is not None:
+        marks("reading a checkpoint", slow=True)
+        with announced(f"reading {source}", speak=is_first()):
+            loop.load(source, moments=_keeps_moments(run_config, state))
+        progress.say(f"continuing from {source}")
+        # At the beginning of a phase other settings are what it is for.
+        changed = changed_settings(config, source) if state.phase_step else []
+        if changed:
+            progress.say(f"with other settings than it: {'; '.join(changed)}")
+    asked = said_uncounted = False
+    checkpoint: Path | None = None
+    while loop.state.phase_step < train.steps and not asked:
+        since = time.perf_counter()
+        with announced("taking the first step", speak=is_first() and loop.state.step == 0):
+            report = loop.step()
+        loop.check_moved()
+        number, step, asked = loop.state.phase_step, loop.state.step, report.stop
+        learning_rate = learning_rate_at(number - 1, train)
+        seconds = time.perf_counter() - since
+        norm = engine.gradient_norm
+        progress.step(number, report, seconds, learning_rate=learning_rate, gradient_norm=norm)
+        if loop.uncounted and not said_uncounted:
+            said_uncounted = True
+            progress.say(f"operations are not counted: {loop.uncounted}")
+        scalars = {"loss/train": report.loss, "learning_rate": learning_rate}
+        scalars["data/waiting"] = report.waited / seconds
+        if monitor.due(step) and norm is not None:
+            scalars["gradient_norm"] = norm
+        alarms = monitor.end_step(
+            step,
+            scalars,
+            tokens=report.tokens,
+            seconds=seconds,
+            operations=(report.executed_flops, report.nominal_flops),
+        )
+        _handle_alarms(alarms, config, progress, loss=report.loss)
+        evaluates = _due(number, train.evaluate_every) or number == train.steps
+        if evaluates:
+            if train.calibrate_rows:
+                loop.calibrate()
+            metrics = loop.evaluate()
+            if metrics:
+                said = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+                progress.say(f"{name} {number}/{train.steps}  validation {said}")
+            named = {f"validation/{key}": value for key, value in metrics.items()}
+            named |= {"progress/executed_flops": loop.state.executed_flops}
+            named |= {"progress/tokens": float(loop.state.tokens)}
+            _handle_alarms(monitor.end_evaluation(step, named), config, progress)
+        images = config.monitor.images_every
+        if _due(number, images) if images else evaluates:
+            marks("pictures", slow=True)
+            monitor.histograms(step, report.records)
+            task.report(engine, step, None if log is None else log.writer)
+        checkpoint = None
+        if _due(number, config.checkpoint.every) or number == train.steps or asked:
+            checkpoint = loop.save()
+    loop.close()
+    assert checkpoint is not None
+    return checkpoint, loop.state, asked and loop.state.phase_step < train.steps
+
+
+def _metric_log(config: RunConfig, *, first_step: int) -> AbstractContextManager[MetricLog | None]:
+    """The log that rank 0 writes; None on the other ranks."""
+    if not is_first():
+        return nullcontext()
+    return MetricLog(config.output, first_step=first_step, tensorboard=config.monitor.tensorboard)
+
+
+def _keeps_moments(run_config: RunConfig, state: RunState) -> bool:
+    """Whether the optimizer continues: always inside a phase, as asked at its beginning."""
+    if state.phase_step > 0 or not run_config.phases:
+        return True
+    return run_config.phases[state.phase].optimizer == "keep"
+
+
+def _handle_alarms(
+    alarms: Sequence[Alarm], config: RunConfig, progress: Progress, *, loss: float = 0.0
+) -> None:
+    """Say what is wrong; end the run where it cannot go on or is not to."""
+    for alarm in alarms:
+        progress.say(str(alarm))
+    if not math.isfinite(loss):
+        raise Failed("the loss is not finite: training stopped")
+    if alarms and config.monitor.on_alarm == "stop":
+        raise Failed("an alarm was raised and monitor.on_alarm=stop")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _found_by_first_rank(find: Callable[[], Path | None]) -> Path | None:
+    """What rank 0 finds, on every rank.
+
+    Raises:
+        BadInput: on every rank, when rank 0 meets bad input.
+    """
+    box: list[Any] = [None, None]
+    if is_first():
+        try:
+            box[0] = find()
+        except (BadInput, OSError) as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    path, problem = box
+    if problem is not None:
+        raise BadInput(problem)
+    return None if path is None else Path(path)
