@@ -9,6 +9,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -501,9 +502,18 @@ def cache_lock(folder: Path) -> Iterator[None]:
         OSError: the cache cannot be written.
     """
     make_cache(folder.parent)
-    with open(folder.with_name(f"{folder.name}.lock"), "a") as lock:
+    name = folder.with_name(f"{folder.name}.lock")
+    # Locking needs no writing, which another user's file does not allow; nor may it be "created"
+    # where it lies in a folder like /tmp.
+    try:
+        lock = os.open(name, os.O_RDONLY)
+    except FileNotFoundError:
+        lock = os.open(name, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _encoded(wanted: Encoding, config: TextConfig) -> Path:

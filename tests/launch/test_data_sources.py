@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +252,49 @@ def test_the_tokenizers_own_end_of_text_ends_documents(tmp_path: Path) -> None:
     ids = np.concatenate([data.train, data.validation])
     assert (ids == words["<stop>"]).sum() == 30
     assert data.train[-1] == data.validation[-1] == words["<stop>"]
+
+
+def as_nobody(call: Callable[[], None], root: Path) -> None:
+    """`call()` as another user, where this one may become one."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            if os.getuid() == 0:
+                for folder in (root, *list(root.parents)[:-1]):
+                    os.chmod(folder, os.stat(folder).st_mode | 0o005)
+                os.setgid(65534)
+                os.setuid(65534)
+            call()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+def test_a_cache_serves_another_user(tmp_path: Path, packing: str) -> None:
+    """A lock of another's was opened for writing; a whole cache is read where nothing can be."""
+    if os.getuid():
+        pytest.skip("needs root to become another user")
+    texts, cache = tmp_path / "texts", tmp_path / "cache"
+    for folder in (texts, cache):
+        folder.mkdir()
+    for number in range(30):
+        (texts / f"{number}.txt").write_text(f"document {number} and its words " * 9)
+    options = {"packing": packing}
+    corpus(texts, cache, **options)
+    modes = {oct(p.stat().st_mode & 0o777) for p in cache.rglob("*") if p.is_file()}
+    assert modes == {"0o644"}
+    cache.chmod(0o555)
+    as_nobody(lambda: corpus(texts, cache, **options), tmp_path)
+    # Made by another user once more, where both may write: its lock is the first one's.
+    for made in cache.glob("*-*"):
+        if made.is_dir():
+            shutil.rmtree(made)
+    cache.chmod(0o777)
+    assert [*cache.glob("*.lock")]
+    as_nobody(lambda: corpus(texts, cache, **options), tmp_path)
+    assert {p.stat().st_uid for p in cache.glob("text-*") if p.is_dir()} == {65534}
