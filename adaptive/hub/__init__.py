@@ -4,5 +4,6 @@ Importing this package imports transformers; `import adaptive` does not.
 """
 
 from adaptive.hub.adaptation import adapt
+from adaptive.hub.saving import load_adapted
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "load_adapted"]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from dataclasses import asdict
+from typing import Any, TypeVar
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from adaptive.blocks.method import LayerContext, Method, methods
-from adaptive.hub.layers import DenseLayer, refuse_layer, route_layer
-from parallel.mesh import Mesh
+from adaptive.hub.placing import apply_method, configured, layers_field, method_named
+from adaptive.hub.saving import remember
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -40,99 +37,13 @@ def adapt(
         ValueError: an option is out of range, or a layer cannot be served; the model is then as it
             was.
     """
-    kind = _method(method)
+    kind = method_named(method)
     given = dict(kind.pretrained) | options
     if layers is not None:
-        given[_layers_field(kind)] = layers
-    config = _configured(kind, given)
-    stack = layer_stack(model)
-    chosen = config.routed_layers(len(stack))
-    for index in chosen:
-        refuse_layer(stack[index])
-    built = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        for index in chosen:
-            context = _context(model, index, len(stack))
-            try:
-                built[index] = config.build(context, DenseLayer(stack[index]))
-            except UserWarning as warning:  # what a method would do instead of what was asked
-                raise ValueError(str(warning)) from None
-    for index, routing in built.items():
-        route_layer(stack[index], routing)
+        given[layers_field(kind)] = layers
+    config = configured(kind, given)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model of type {type(model).__name__}: must be a PreTrainedModel")
+    apply_method(model, config)
+    remember(model, config, asdict(config))
     return model
-
-
-def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's layers, in the order in which they run.
-
-    Raises:
-        ValueError: there is no list of as many modules as its config says, or more than one.
-    """
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name}: has an encoder and a decoder; give a model of one stack")
-    count = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    # What a layer is made of (experts) may come in as many.
-    inside = {id(m) for stack in stacks for layer in stack for m in layer.modules()}
-    stacks = [stack for stack in stacks if id(stack) not in inside]
-    if len(stacks) != 1:
-        raise ValueError(
-            f"{name}: has {len(stacks) or 'no'} lists of num_hidden_layers={count} modules; "
-            "needs one"
-        )
-    return stacks[0]
-
-
-def _method(name: str) -> type[Method]:
-    served = {method.name: method for method in methods("layer")}
-    if name not in served:
-        known = [method.name for method in methods()]
-        what = "does not wrap whole layers" if name in known else "is no method"
-        raise ValueError(f"method={name!r}: {what}; must be one of {', '.join(served)}")
-    return served[name]
-
-
-def _layers_field(kind: type[Method]) -> str:
-    names = {field.name for field in fields(kind)}
-    for name in ("layers", "schedule"):
-        if name in names:
-            return name
-    raise ValueError(f"layers: {kind.name} takes none; it changes every layer")
-
-
-def _configured(kind: type[Method], options: dict[str, Any]) -> Method:
-    """The method's configuration; nested ones may come as dictionaries, as files have them."""
-    hints = get_type_hints(kind)
-    known = {field.name for field in fields(kind)}
-    for name, value in options.items():
-        if name not in known:
-            raise ValueError(f"{name}: {kind.name} has no such option; has {', '.join(known)}")
-        kinds = [k for k in (hints[name], *get_args(hints[name])) if is_dataclass(k)]
-        if isinstance(value, dict) and kinds:
-            options = options | {name: kinds[0](**value)}  # type: ignore[operator]
-    try:
-        return kind(**options)
-    except TypeError as error:
-        raise ValueError(f"{kind.name}: {error}") from None
-
-
-def _context(model: PreTrainedModel, layer: int, num_layers: int) -> LayerContext:
-    config = model.config.get_text_config()
-    dim = config.hidden_size
-    std = float(getattr(config, "initializer_range", None) or 0.02)
-    return LayerContext(
-        layer=layer,
-        num_layers=num_layers,
-        dim=dim,
-        ffn_dim=getattr(config, "intermediate_size", None) or 4 * dim,
-        std=std,
-        output_std=std,
-        mesh=Mesh.single(),
-    )

@@ -230,6 +230,8 @@ def refuse_layer(layer: nn.Module) -> None:
 def _reason_against(layer: nn.Module) -> str | None:
     if isinstance(layer, AdaptedLayer):
         return "is routed already"
+    if "forward" in vars(layer):
+        return "its forward has been replaced (by accelerate's hooks, a compiler): adapt it before"
     found = attentions(layer)
     if len(found) != 1:
         return (
