@@ -51,6 +51,16 @@ def test_what_a_run_writes_gives_the_same_run(tmp_path: Path) -> None:
     assert load_saved(tmp_path) == config
 
 
+def test_a_run_names_its_plugins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_method.py").write_text("loaded = True\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ADAPTIVE_TRUSTED_CODE", "own_method")
+    config = load_config(RECIPES / "mod_lm.yaml", ["plugins=[own_method]"])
+    save_resolved(config, tmp_path / "run.yaml")
+    assert load_saved(tmp_path).plugins == ["own_method"]
+    assert load_saved(tmp_path) == config
+
+
 def test_phases_lay_their_keys_over_the_run_and_over_one_another() -> None:
     config = from_mapping(
         {
