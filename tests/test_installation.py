@@ -99,7 +99,8 @@ def test_the_installed_command_trains_a_recipe_by_its_name(installed: Path, tmp_
     words = ["train", "--config", "mod_lm", "--deepspeed-config", "zero3_bf16", "--dry-run"]
     planned = run(adaptive, *words, cwd=tmp_path, path=installed)
     assert planned.returncode == 0, planned.stderr
-    command, plan = planned.stdout.splitlines()
+    # A slow machine is told what is being done meanwhile.
+    command, plan = [line for line in planned.stdout.splitlines() if not line.endswith(" …")]
     assert f"{installed}/launch/train.py --config {installed}/launch/recipes/mod_lm.yaml" in command
     assert "500 steps" in plan
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptive.flops import planned_flops
 from launch.checkpoint.contents import newest_checkpoint
 from launch.checkpoint.files import check_same_model, find_checkpoint, read_state
 from launch.run.config import load_saved
@@ -53,6 +54,9 @@ def check_run(config: RunConfig, *, ranks: int, speak: bool = False) -> None:
             model = meta_model(phase, mesh)
         _check_memory(model)
         _check_elements(model, stage)
+        why = _uncounted(phase, model) if speak else None
+        if why is not None:
+            print(f"operations will not be counted: {why}", flush=True)
     # Sizes only: the run itself compares the checksums, once.
     source = starting_checkpoint(config, checksums=False)
     if source is not None:
@@ -60,6 +64,19 @@ def check_run(config: RunConfig, *, ranks: int, speak: bool = False) -> None:
     elif config.checkpoint.weights is not None:
         weights = find_checkpoint(config.checkpoint.weights, checksums=False)
         check_same_model(meta_model(phases[0]), weights)
+
+
+def _uncounted(config: RunConfig, model: nn.Module) -> str | None:
+    """Why a run will not count its operations, where a module of one's own does not say them."""
+    task = make_task(config, device="meta")
+    work = task.work(task.batch(range(1)))
+    if work is None:
+        return None
+    try:
+        planned_flops(model, work)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _check_elements(model: nn.Module, stage: int) -> None:

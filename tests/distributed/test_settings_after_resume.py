@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from launch.checkpoint.files import read_state, read_whole
 from launch.run.config import from_mapping, save_resolved
+from launch.run.engine import Engine
 from launch.run.loop import Loop
 from launch.run.preflight import changed_settings
 from tests.distributed.runs import make_loop, tiny_config, write_text
@@ -130,3 +132,29 @@ def test_only_settings_in_force_are_said_to_have_changed(folder: Path, tmp_path:
         )
         now = tree_of(folder, 1, "said", deepspeed=settings, **CHANGES["betas"][1])
         assert changed_settings(from_mapping(now), tmp_path) == said
+
+
+class _Inner:
+    """Of an optimizer: what it keeps of each parameter."""
+
+    def __init__(self, *states: dict[str, int]) -> None:
+        self.state = dict(enumerate(states))
+
+
+@pytest.mark.parametrize(
+    ("states", "kept"),
+    [
+        ([], False),
+        ([{}, {}], False),
+        ([{"exp_avg": 1, "exp_avg_sq": 1}, {}], True),
+        # Muon: Adam for vectors alone, whose moments are linked; "any" ended it at its first step.
+        ([{"exp_avg": 1, "exp_avg_sq": 1}, {"momentum_buffer": 1}], False),
+    ],
+    ids=["none", "before the first step", "Adam", "Muon"],
+)
+def test_moments_are_kept_only_where_all_that_stepped_have_them(
+    states: list[dict[str, int]], kept: bool
+) -> None:
+    engine = object.__new__(Engine)
+    engine._engine = SimpleNamespace(optimizer=_Inner(*states))
+    assert engine.keeps_moments is kept

@@ -17,6 +17,7 @@ from launch.checkpoint.files import WEIGHTS, find_checkpoint, read_state
 from launch.checkpoint.state import RunState
 from launch.run.config import from_mapping
 from launch.run.errors import Failed
+from launch.run.preflight import check_run
 from launch.run.training import run
 from launch.run.trust import trust
 from launch.tasks import Batch, row_generator
@@ -114,6 +115,18 @@ def test_a_model_that_says_no_operations_trains_and_they_are_not_counted(folder:
     assert executed == 0
     assert why is not None
     assert why.startswith("UnusedModel: has a weight matrix and says no FLOPs")
+
+
+def test_it_is_said_before_ranks_start(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for task, said in (("UncountedTask", True), (None, False)):
+        tree = tiny_config(folder, output=str(folder / "unsaid"))
+        if task is not None:
+            tree["task"] = f"tests.launch.test_loop:{task}"
+            trust([tree["task"]])
+        check_run(from_mapping(tree), ranks=1, speak=True)
+        lines = [x for x in capsys.readouterr().out.splitlines() if not x.endswith(" …")]
+        why = "operations will not be counted: UnusedModel: has a weight matrix and says no FLOPs"
+        assert [line.startswith(why) for line in lines] == [True] * said
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(folder: Path) -> None:

@@ -157,6 +157,36 @@ def test_code_that_a_checkpoint_names_is_imported_only_when_the_user_says_so(
     sys.modules.pop(module, None)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate CHECKPOINT --prompt a",
+        "reshard CHECKPOINT --output OUT",
+        "train --config RECIPE checkpoint.resume=CHECKPOINT output=OUT",
+    ],
+)
+def test_plugins_that_a_checkpoint_names_are_imported_only_when_the_user_says_so(
+    line: str,
+    newest: Path,
+    written: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = "plugin_of_a_stranger"
+    mark = tmp_path / "mark"
+    (tmp_path / f"{module}.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tree = yaml.safe_load((newest / "run.yaml").read_text()) | {"plugins": [module]}
+    (newest / "run.yaml").write_text(yaml.safe_dump(tree))
+    sign(newest)
+    words = {"CHECKPOINT": newest, "OUT": tmp_path / "out", "RECIPE": written / "recipe.yaml"}
+    said = refused(capsys, line, **words)
+    assert f"plugins={module}: is code that a checkpoint names" in said
+    assert not mark.exists()
+    sys.modules.pop(module, None)
+
+
 def test_what_the_users_recipe_names_is_trusted_and_a_runs_own_file_is_not(
     newest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
