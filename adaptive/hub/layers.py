@@ -182,14 +182,10 @@ def _of_columns(name: str, value: Any, columns_BK: Tensor) -> Any:
 class DenseLayer(nn.Module):
     """The layer as a method's module sees it: a block that takes packed tokens.
 
-    It holds no weights: they stay where they were, in the layer itself.
+    It holds nothing: weights stay where they were, in the layer itself, which comes with the call.
     """
 
     takes_packed = True
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = (layer,)  # no child: the layer is a parent
 
     def forward(self, packed_RD: Tensor, *, layout: TokenLayout, call: LayerCall) -> Tensor:
         output = call.layer.dense_forward(to_rows(packed_RD, layout), **call.chosen(layout))
@@ -199,13 +195,7 @@ class DenseLayer(nn.Module):
         return from_rows(output, layout)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
-        (layer,) = self._layer
-        count_dense(layer, count, work)
-
-
-def count_dense(layer: nn.Module, count: FlopCounter, work: Work) -> None:
-    """Products of a layer of transformers, whatever of it is routed apart."""
-    raise ValueError(f"{type(layer).__name__}: FLOPs of adapted layers are not counted")
+        raise ValueError("DenseLayer: the operations of layers of transformers are not counted")
 
 
 def route_layer(layer: nn.Module, routing: RoutedBlock) -> None:
@@ -213,7 +203,7 @@ def route_layer(layer: nn.Module, routing: RoutedBlock) -> None:
 
     Args:
         layer: see `refuse_layer`.
-        routing: a method's module, built around `DenseLayer(layer)`.
+        routing: a method's module, built around a `DenseLayer`.
     """
     weight = next(p for p in layer.parameters() if p.is_floating_point())
     layer.__class__ = _adapted(type(layer))
@@ -241,6 +231,9 @@ def _reason_against(layer: nn.Module) -> str | None:
     for name, module in layer.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ZeroPad2d | nn.modules.RNNBase):
             return f"its {name} ({type(module).__name__}) mixes neighbouring tokens"
+    for name, _ in layer.named_parameters():
+        if "relative_" in name:
+            return f"its {name} is a bias by columns, and chosen tokens stand in other columns"
     name = mask_by_columns(layer)
     if name is not None:
         return f"its {name} is a mask by columns, and chosen tokens stand in other columns"

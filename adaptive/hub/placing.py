@@ -27,9 +27,7 @@ def apply_method(model: M, config: Method) -> M:
     chosen = config.routed_layers(len(stack))
     for index in chosen:
         refuse_layer(stack[index])
-    built = {
-        index: _built(config, _context(model, index, len(stack)), stack[index]) for index in chosen
-    }
+    built = {index: _built(config, _context(model, index, len(stack))) for index in chosen}
     for index, routing in built.items():
         route_layer(stack[index], routing)
     return model
@@ -96,15 +94,15 @@ def configured(kind: type[Method], options: dict[str, Any]) -> Method:
         raise ValueError(f"{kind.name}: {error}") from None
 
 
-def _built(config: Method, context: LayerContext, layer: nn.Module) -> RoutedBlock:
-    """The method's module around a layer, in float32."""
+def _built(config: Method, context: LayerContext) -> RoutedBlock:
+    """The method's module for a layer, in float32."""
     before = torch.get_default_dtype()
     # transformers loads under the dtype of the weights, too coarse for what is compared.
     torch.set_default_dtype(torch.float32)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            routing: RoutedBlock = config.build(context, DenseLayer(layer))
+            routing: RoutedBlock = config.build(context, DenseLayer())
     except UserWarning as warning:  # what a method would do instead of what was asked
         raise ValueError(str(warning)) from None
     finally:
