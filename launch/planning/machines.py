@@ -86,18 +86,8 @@ class Machine:
         return self.links[operation] if span <= self.ranks else self.network
 
     def record(self) -> dict[str, Any]:
-        """As plain data; `from_record` gives the same machine."""
+        """As plain data."""
         return asdict(self)
-
-
-def from_record(record: Mapping[str, Any]) -> Machine:
-    """A machine whose figures were saved."""
-    links = {name: _link(link) for name, link in record["links"].items()}
-    return Machine(**{**record, "links": links, "network": _link(record["network"])})
-
-
-def _link(record: Mapping[str, Any]) -> Link:
-    return Link(**{**record, "curve": tuple((a, b) for a, b in record["curve"])})
 
 
 @dataclass(frozen=True)

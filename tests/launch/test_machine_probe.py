@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 
-from launch.planning.machines import OPERATIONS, between, from_record
+from launch.planning.machines import OPERATIONS, between
 from launch.planning.probe import probe
+from tests.launch.saved_machine import from_record
 from tests.ranks import run_ranks
 
 

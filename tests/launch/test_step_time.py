@@ -20,7 +20,7 @@ from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, Swi
 from adaptive.routing.layout import TokenLayout
 from benchmarks import parallel as benchmark
 from benchmarks import plan as steps_benchmark
-from launch.planning.machines import PUBLISHED, Link, Machine, from_record
+from launch.planning.machines import PUBLISHED, Link, Machine
 from launch.planning.probe import PassCounter
 from launch.planning.step_time import (
     Collective,
@@ -34,6 +34,7 @@ from launch.planning.step_time import (
 from parallel.checks.traffic import Traffic
 from parallel.mesh import Mesh
 from parallel.rows import even_shards
+from tests.launch.saved_machine import from_record
 from tests.ranks import run_ranks
 
 STEPS = json.loads((Path(benchmark.__file__).parent / "results" / "plan.json").read_text())
