@@ -208,7 +208,7 @@ class Attention(nn.Module):
         k_TGh, v_TGh = (x.unflatten(-1, (self.kv_heads, self.head_dim)) for x in (k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q_RHh, k_TGh = self.query_norm(q_RHh), self.key_norm(k_TGh)
-        if self.mesh.context_group is not None and self.mesh.ring:
+        if self.mesh.ring:
             if cache is not None:
                 raise ValueError(
                     "context_attention=ring: cannot generate with a cache; use ulysses, or one rank"
