@@ -17,22 +17,27 @@ if TYPE_CHECKING:
 
 
 def chosen_mask(
-    positions_BK: Tensor, valid_BK: Tensor | None = None, *, window: int | None = None
+    positions_BK: Tensor,
+    valid_BK: Tensor | None = None,
+    *,
+    window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """Who sees whom among chosen tokens: causal, by their original positions.
+    """Who sees whom among chosen tokens, by their original positions.
 
     Args:
         positions_BK: int64 [B, K], ascending in each row.
         valid_BK: bool [B, K], False where a row has no token: nobody sees that. None: all True.
         window: a token sees the `window` positions that end with its own, chosen or not; None:
             every earlier one.
+        causal: a token sees no later one; else all see all, and there is no window.
 
     Returns:
         bool [B, 1, K, K], True where the query (third axis) sees the key. What is no token sees
         itself alone, so that no row of a softmax is empty.
     """
     distance_BKK = positions_BK[:, :, None] - positions_BK[:, None, :]
-    seen_BKK = distance_BKK >= 0
+    seen_BKK = distance_BKK >= 0 if causal else torch.ones_like(distance_BKK, dtype=torch.bool)
     if window is not None:
         seen_BKK = seen_BKK & (distance_BKK < window)
     if valid_BK is not None:
@@ -41,13 +46,16 @@ def chosen_mask(
     return seen_BKK[:, None]
 
 
-def causal_attention(block: nn.Module) -> nn.Module | None:
-    """The causal attention of a layer of `transformers`; None in any other block."""
+def attention_of(block: nn.Module) -> Any:
+    """The attention of a layer of `transformers`, a causal one first; None in any other block."""
+    found = None
     for module in block.modules():
         config = getattr(module, "config", None)
-        if getattr(module, "is_causal", False) and hasattr(config, "_attn_implementation"):
-            return module
-    return None
+        if hasattr(module, "is_causal") and hasattr(config, "_attn_implementation"):
+            if module.is_causal:
+                return module
+            found = found or module
+    return found
 
 
 def attention_window(attention: Any) -> int | None:
@@ -74,30 +82,33 @@ def attention_window(attention: Any) -> int | None:
 def attention_mask_of(
     attention: Any, positions_BK: Tensor, valid_BK: Tensor | None, dtype: torch.dtype
 ) -> Tensor | BlockMask | None:
-    """`attention_mask=` of a causal attention of `transformers` that is given chosen tokens alone.
+    """`attention_mask=` of an attention of `transformers` that is given chosen tokens alone.
 
     Args:
-        attention: see `causal_attention`.
+        attention: see `attention_of`.
         positions_BK, valid_BK: see `chosen_mask`; tokens fill each row from the left.
         dtype: of the hidden states.
 
     Returns:
-        None where SDPA's own causal path is right.
+        None where SDPA's own causal path is right, or all tokens see all.
 
     Raises:
         ValueError: the implementation is none of sdpa, eager and flex_attention. flash-attention
             counts windows, and finds the borders of documents, by the columns of a row.
     """
     implementation = attention.config._attn_implementation
-    window = attention_window(attention)
+    causal = bool(attention.is_causal)
+    if not causal and valid_BK is None:
+        return None
+    window = attention_window(attention) if causal else None
     if implementation not in ("sdpa", "eager", "flex_attention"):
         raise ValueError(
             f"attn_implementation={implementation!r}: a wrapped layer needs sdpa, eager or "
             "flex_attention, to be told which of the chosen tokens see which"
         )
-    if implementation == "sdpa" and window is None:
+    if implementation == "sdpa" and window is None and causal:
         return None
-    seen_B1KK = chosen_mask(positions_BK, valid_BK, window=window)
+    seen_B1KK = chosen_mask(positions_BK, valid_BK, window=window, causal=causal)
     if implementation == "sdpa":
         return seen_B1KK
     if implementation == "eager":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive.blocks.chosen_attention import attention_mask_of, causal_attention
+from adaptive.blocks.chosen_attention import attention_mask_of, attention_of
 from adaptive.ops.pack import combine_, pack
 from adaptive.routing.layout import TokenLayout, valid_tokens
 
@@ -62,9 +62,10 @@ def run_block(block: nn.Module, packed_RD: Tensor, layout: TokenLayout, **kwargs
     gets `[B, K, D]`: one row a sequence, its tokens in original order, zeros on the right where a
     sequence has fewer (see `to_rows`). Zeros on the right cannot reach earlier tokens of a causal
     block; a bidirectional block on ragged selections needs its own mask (override `inner`). A block
-    that returns a tuple, as those of `transformers` may, is taken at its first element. A causal
-    layer of `transformers` that is given `attention_mask=None` gets the mask of the chosen tokens,
-    by their original positions, for the attention that it was made with: see `attention_mask_of`.
+    that returns a tuple, as those of `transformers` may, is taken at its first element. A layer of
+    `transformers`, causal or not, that is given `attention_mask=None` gets the mask of the chosen
+    tokens, by their original positions, for the attention that it was made with: see
+    `attention_mask_of`.
 
     Raises:
         ValueError: if the block returns anything but hidden states of the shape that it was given,
@@ -75,7 +76,7 @@ def run_block(block: nn.Module, packed_RD: Tensor, layout: TokenLayout, **kwargs
         given, output = packed_RD, block(packed_RD, layout=layout, **kwargs)
     else:
         given = to_rows(packed_RD, layout)
-        attention = causal_attention(block)
+        attention = attention_of(block)
         if attention is not None and kwargs.get("attention_mask") is None:
             rows_BK = (to_rows(layout.positions[:, None], layout)[..., 0], filled_columns(layout))
             kwargs["attention_mask"] = attention_mask_of(attention, *rows_BK, given.dtype)
@@ -157,7 +158,7 @@ def refuse_cache(block: nn.Module, kwargs: dict[str, Any], layout: TokenLayout) 
     cache = kwargs.get("past_key_values")
     if cache is None:
         return
-    attention = causal_attention(block)
+    attention = attention_of(block)
     index = None if attention is None else getattr(attention, "layer_idx", None)
     own = 0 if index is None else int(cache.get_seq_length(index))
     held = max(own, int(cache.get_seq_length()))

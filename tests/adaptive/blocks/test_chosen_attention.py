@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from adaptive import MixtureOfDepths, Selection, SkipLayer
-from adaptive.blocks.chosen_attention import attention_window, causal_attention, chosen_mask
+from adaptive.blocks.chosen_attention import attention_of, attention_window, chosen_mask
 from adaptive.blocks.wrapping import to_rows
 
 WINDOW = 4
@@ -215,7 +215,7 @@ def test_what_cannot_be_told_is_refused() -> None:
 @pytest.mark.parametrize(("kind", "windows"), [("Llama", {None}), ("Gemma2", {None, WINDOW})])
 def test_the_window_is_the_layers_own(kind: str, windows: set[int | None]) -> None:
     layers = plain(kind, "eager").model.layers
-    assert {attention_window(causal_attention(layer)) for layer in layers} == windows
+    assert {attention_window(attention_of(layer)) for layer in layers} == windows
 
 
 @pytest.mark.parametrize("which", [(1, 3), (0, 2), (0, 1, 2, 3)])
@@ -227,3 +227,26 @@ def test_a_cache_that_holds_a_text_is_refused(which: tuple[int, ...]) -> None:
     first = model(ids[:, :8], use_cache=True)
     with pytest.raises(ValueError, match=r"past_key_values of \d+ tokens: .* use_cache=False"):
         model(ids[:, 8:], past_key_values=first.past_key_values)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_layer_without_order_sees_no_row_ends(attention: str) -> None:
+    """Rows of different lengths end with zeros, which are nobody's keys."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        attn_implementation=attention,
+    )
+    (layer,) = (
+        m for m in transformers.ViTModel(config).modules() if type(m).__name__ == "ViTLayer"
+    )
+    module = SkipLayer(layer.eval(), 32, keys="executing").eval()
+    nn.init.normal_(module.router.weight, std=0.5)
+    hidden = torch.randn(3, 10, 32)
+    out = module(hidden)
+    for row, got in zip(hidden, out, strict=True):
+        torch.testing.assert_close(got, module(row[None])[0], atol=1e-5, rtol=1e-4)
