@@ -3,8 +3,8 @@
 Trains a small byte-level decoder on the default data, then an adapter behind each exit layer, and
 decodes held-out prompts plainly and self-speculatively, in interleaved rounds. Reported for each
 exit layer and confidence threshold: whether every text is the same, the share of accepted drafts,
-tokens for each pass through the late layers, and plain time over speculative time. With
-`--checkpoint`, the model of a run instead. About three minutes on one core.
+tokens for each pass through the late layers (the prompt's is one), and plain time over speculative
+time. With `--checkpoint`, the model of a run instead. About three minutes on one core.
 
     python benchmarks/self_speculative.py [--checkpoint RUN] [--quick]
 """
@@ -27,12 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.generate import Sampling, generate
-from adaptive.models.decoder.speculative import (
-    Drafting,
-    ExitAdapter,
-    Speculator,
-    distil_adapter,
-)
+from adaptive.models.decoder.speculation.controllers import Confidence
+from adaptive.models.decoder.speculation.drafts import ExitDraft
+from adaptive.models.decoder.speculation.exit_adapter import ExitAdapter, distil_adapter
+from adaptive.models.decoder.speculative import Speculation, speculate
 from launch.checkpoint.files import load_model
 from launch.data.text import Corpus, TextConfig
 
@@ -76,12 +74,23 @@ def plain(model: Decoder, prompts: list[list[int]], out: list[list[int]]) -> Cal
 
 
 def speculative(
-    speculator: Speculator, prompts: list[list[int]], out: list[Drafting]
+    model: Decoder,
+    adapter: ExitAdapter,
+    threshold: float,
+    prompts: list[list[int]],
+    out: list[Speculation],
 ) -> Callable[[], None]:
     def run() -> None:
         out.clear()
         for prompt in prompts:
-            *_, made = speculator.generate(prompt, max_new_tokens=NEW)
+            *_, made = speculate(
+                model,
+                [prompt],
+                ExitDraft(adapter),
+                max_new_tokens=NEW,
+                controller=Confidence(threshold, 5),
+                sampling=Sampling(temperature=0),
+            )
             out.append(made)
 
     return run
@@ -112,7 +121,7 @@ def main() -> None:
     exits = [depth // 4, depth // 2] if not quick else [1]
     texts: list[list[int]] = []
     cases: dict[str, Callable[[], Any]] = {"plain": plain(model, prompts, texts)}
-    made: dict[str, list[Drafting]] = {}
+    made: dict[str, list[Speculation]] = {}
     agreement = {}
     for exit_layer in exits:
         torch.manual_seed(0)
@@ -123,8 +132,7 @@ def main() -> None:
         for threshold in (0.0, 0.6):
             name = f"exit {exit_layer}, threshold {threshold}"
             made[name] = []
-            speculator = Speculator(model, adapter, threshold=threshold, max_draft=5)
-            cases[name] = speculative(speculator, prompts, made[name])
+            cases[name] = speculative(model, adapter, threshold, prompts, made[name])
     seconds = interleave(cases, rounds=2 if quick else 5, warmup=1)
     middle = medians(seconds)
     results: dict[str, Any] = {"plain": {"seconds": round(middle["plain"], 4)}}
@@ -133,10 +141,10 @@ def main() -> None:
         results[name] = {
             "seconds": round(middle[name], 4),
             "speed_up": round(median_ratio(seconds, "plain", name), 3),
-            "same_text": [d.tokens for d in drafts] == texts,
+            "same_text": [d.tokens[0] for d in drafts] == texts,
             "acceptance": round(accepted / max(drafted, 1), 3),
             "tokens_per_round": round(
-                sum(len(d.tokens) - 1 for d in drafts) / max(sum(d.rounds for d in drafts), 1), 2
+                sum(len(d.tokens[0]) for d in drafts) / max(sum(d.rounds for d in drafts), 1), 2
             ),
         }
         print(f"{name:28s} {results[name]}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from adaptive.models.decoder.speculative import ExitAdapter, distil_adapter
+from adaptive.models.decoder.speculation.exit_adapter import ExitAdapter, distil_adapter
 from launch.checkpoint.models import add_checkpoint, add_device, load_decoder, training_ids
 from launch.generation.depth import save_adapter
 from launch.run.errors import OneLineParser, as_bad_input, program

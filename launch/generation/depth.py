@@ -1,4 +1,4 @@
-"""Options of launch.generate that change how deep tokens go: early exit and SkipDecode."""
+"""Options of launch.generate that change what computes a token: speculation and SkipDecode."""
 
 from __future__ import annotations
 
@@ -15,22 +15,50 @@ from safetensors.torch import load_file, save_file
 from adaptive.models.decoder.decode_depth import SkipDecode, generate_at_depth
 from adaptive.models.decoder.generate import Sampling, generate
 from adaptive.models.decoder.model import Decoder
-from adaptive.models.decoder.speculative import ExitAdapter, Speculator
+from adaptive.models.decoder.speculation.controllers import Confidence, Controller, Fixed, Thompson
+from adaptive.models.decoder.speculation.drafts import (
+    Draft,
+    ExitDraft,
+    ModelDraft,
+    NgramDraft,
+    RecyclingDraft,
+)
+from adaptive.models.decoder.speculation.exit_adapter import ExitAdapter
+from adaptive.models.decoder.speculative import VERIFICATIONS, speculate
+from launch.checkpoint.models import load_decoder
 from launch.data.text import Tokenizer
 from launch.run.errors import BadInput
 from launch.run.terminal import shown
 
 _METADATA = "exit_adapter"
+_CONTROLLERS = ("confidence", "fixed", "thompson")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this file."""
     group = parser.add_argument_group("depth")
     group.add_argument(
-        "--exit-adapter",
-        metavar="FILE",
-        help="draft with the model's first layers and this adapter (launch.train_exit), verify\n"
-        "with all of them: the text of greedy decoding, sooner; needs --temperature 0",
+        "--draft",
+        metavar="exit|ngram|recycling|CHECKPOINT",
+        help="draft cheaply and verify several tokens at once, the same text or distribution:\n"
+        "the first layers (with --exit-adapter), what followed the last tokens before in the\n"
+        "text, what the model found likeliest before, or a smaller model of the same tokenizer",
+    )
+    group.add_argument(
+        "--exit-adapter", metavar="FILE", help="of --draft exit: an adapter by launch.train_exit"
+    )
+    group.add_argument(
+        "--verification",
+        choices=VERIFICATIONS,
+        default="chain",
+        help="of drafts; greedy is for --temperature 0 only, where both are the same",
+    )
+    group.add_argument(
+        "--controller",
+        choices=_CONTROLLERS,
+        default="confidence",
+        help="how much is drafted: while a draft is likely (--draft-threshold), always\n"
+        "--max-draft, or as much as pays by measured times and acceptance: perhaps nothing",
     )
     group.add_argument(
         "--draft-threshold",
@@ -57,17 +85,21 @@ def wanted(options: argparse.Namespace) -> bool:
     Raises:
         BadInput: when they exclude one another or other options.
     """
-    if options.exit_adapter is None and options.skip_decode is None:
+    if options.exit_adapter is not None and options.draft is None:
+        options.draft = "exit"
+    if options.draft is None and options.skip_decode is None:
         if options.compare:
-            raise BadInput("--compare: needs --exit-adapter or --skip-decode")
+            raise BadInput("--compare: needs --draft or --skip-decode")
         return False
-    if options.exit_adapter is not None and options.skip_decode is not None:
-        raise BadInput("--exit-adapter and --skip-decode: give one of them")
-    if options.exit_adapter is not None and options.temperature != 0:
-        raise BadInput(f"--temperature={options.temperature}: must be 0 with --exit-adapter")
+    if options.draft is not None and options.skip_decode is not None:
+        raise BadInput("--draft and --skip-decode: give one of them")
+    if (options.draft == "exit") != (options.exit_adapter is not None):
+        raise BadInput("--exit-adapter: needs --draft exit, and --draft exit needs it")
+    if options.draft is not None and options.verification == "greedy" and options.temperature != 0:
+        raise BadInput(f"--temperature={options.temperature}: must be 0 with --verification greedy")
     if options.show_routing or options.allow_non_causal:
         word = "--show-routing" if options.show_routing else "--allow-non-causal"
-        raise BadInput(f"{word}: cannot be combined with --exit-adapter or --skip-decode")
+        raise BadInput(f"{word}: cannot be combined with --draft or --skip-decode")
     return True
 
 
@@ -80,9 +112,10 @@ def decode(
 ) -> None:
     """Generate at the depth asked for; text to standard output, the summary to standard error."""
     try:
+        draft = None if options.draft is None else load_draft(options, model)
         begun = time.perf_counter()
-        if options.exit_adapter is not None:
-            tokens, told = _speculate(options, model, tokenizer, prompt)
+        if draft is not None:
+            tokens, told = _speculate(options, model, tokenizer, prompt, sampling, draft)
         else:
             tokens, told = _skip(options, model, tokenizer, prompt, sampling)
         seconds = time.perf_counter() - begun
@@ -95,19 +128,54 @@ def decode(
         raise BadInput(f"{error}") from None
 
 
+def load_draft(options: argparse.Namespace, model: Decoder) -> Draft:
+    """What `--draft` names, on the model's device.
+
+    Raises:
+        BadInput: no such adapter or checkpoint.
+        ValueError: a model that cannot sample.
+    """
+    if options.draft == "exit":
+        return ExitDraft(load_adapter(Path(options.exit_adapter), model))
+    if options.draft == "ngram":
+        return NgramDraft()
+    if options.draft == "recycling":
+        return RecyclingDraft()
+    device = str(model.embedding.weight.device)
+    return ModelDraft(load_decoder(options.draft, device=device).model)
+
+
+def _controller(options: argparse.Namespace) -> Controller:
+    if options.controller == "fixed":
+        return Fixed(options.max_draft)
+    if options.controller == "thompson":
+        return Thompson(options.max_draft, seed=options.seed)
+    return Confidence(options.draft_threshold, options.max_draft)
+
+
 def _speculate(
-    options: argparse.Namespace, model: Decoder, tokenizer: Tokenizer, prompt: list[int]
+    options: argparse.Namespace,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    sampling: Sampling,
+    draft: Draft,
 ) -> tuple[list[int], str]:
-    adapter = load_adapter(Path(options.exit_adapter), model)
-    speculator = Speculator(
-        model, adapter, threshold=options.draft_threshold, max_draft=options.max_draft
+    *_, made = speculate(
+        model,
+        [prompt],
+        draft,
+        max_new_tokens=options.max_tokens,
+        controller=_controller(options),
+        verification=options.verification,
+        sampling=sampling,
+        generator=_generator(options, model),
+        vocab_size=tokenizer.vocab_size,
+        end=None if options.ignore_end else tokenizer.end,
     )
-    *_, made = speculator.generate(
-        prompt, max_new_tokens=options.max_tokens, vocab_size=tokenizer.vocab_size
-    )
-    return made.tokens, (
+    return made.tokens[0], (
         f"{made.accepted} of {made.drafted} drafts accepted ({made.acceptance:.0%}), "
-        f"{made.tokens_per_round:.2f} tokens a pass through the late layers"
+        f"{made.tokens_per_round:.2f} tokens a pass through the whole model"
     )
 
 
@@ -154,6 +222,7 @@ def _comparison(
         sampling=sampling,
         generator=_generator(options, model),
         vocab_size=tokenizer.vocab_size,
+        end=None if options.ignore_end or options.draft is None else tokenizer.end,
     )
     plain = time.perf_counter() - begun
     same = "the same text" if made.tokens[0] == tokens else "another text"

@@ -22,7 +22,9 @@ from adaptive.models.convert.acm import convert as convert_to_learners
 from adaptive.models.decoder.decode_depth import SkipDecode, generate_at_depth
 from adaptive.models.decoder.generate import Sampling, generate
 from adaptive.models.decoder.oracle import search
-from adaptive.models.decoder.speculative import ExitAdapter, Speculator, distil_adapter
+from adaptive.models.decoder.speculation.drafts import ExitDraft
+from adaptive.models.decoder.speculation.exit_adapter import ExitAdapter, distil_adapter
+from adaptive.models.decoder.speculative import speculate
 from adaptive.models.diffusion.samplers import SamplingConfig, sample
 from adaptive.observe.monitor import Monitor
 from adaptive.routing.tape import RoutingTape
@@ -115,10 +117,10 @@ def test_evaluation_monitoring_and_generation(family: str) -> None:
     assert [len(row) for row in made[-1].tokens] == [3, 3]
 
 
-def speculate(model: Decoder) -> None:
+def draft(model: Decoder) -> None:
     adapter = moved(ExitAdapter.of(model, 1))
     assert len(list(distil_adapter(model, adapter, [ids(2, 8).to(DEVICE)]))) == 1
-    list(Speculator(model, adapter).generate([1, 2, 3], max_new_tokens=5))
+    list(speculate(model, [[1, 2, 3]], ExitDraft(adapter), max_new_tokens=5))
 
 
 def fade(model: Decoder) -> None:
@@ -149,7 +151,7 @@ def widen(model: Decoder) -> None:
 @pytest.mark.parametrize(
     ("family", "use"),
     [
-        ("dense", speculate),
+        ("dense", draft),
         ("dense", fade),
         ("dense", convert),
         ("skip_layer", find_paths),

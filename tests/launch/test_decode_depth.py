@@ -69,6 +69,12 @@ def test_a_trained_adapter_drafts_the_text_of_greedy_decoding(
     assert out.startswith(plain)
     assert "the same text; speed-up" in out
     assert "drafts accepted" in told
+    for draft in ("ngram", "recycling", folder):
+        words = ["--draft", draft, "--controller", "fixed"]
+        out, _ = run(capsys, generate, folder, *GREEDY, *words)
+        assert out == plain
+    words = [folder, "--max-tokens", 9, "--draft", folder, "--controller", "thompson"]
+    assert "tokens a pass" in run(capsys, generate, *words)[1]
 
 
 def test_skip_decode_at_full_depth_is_plain(
@@ -98,12 +104,19 @@ def test_wrong_options_are_refused_in_one_line(
 ) -> None:
     nothing = folder / "nothing.safetensors"
     assert "no such file" in refusal(capsys, generate, folder, *GREEDY, "--exit-adapter", nothing)
-    assert "must be 0 with --exit-adapter" in refusal(
-        capsys, generate, folder, "--exit-adapter", nothing
-    )
+    for words, rule in (
+        (["--draft", "ngram", "--verification", "greedy"], "must be 0 with --verification greedy"),
+        (["--draft", "exit"], "--draft exit needs it"),
+        (["--draft", "ngram", "--exit-adapter", nothing], "needs --draft exit"),
+        (["--draft", "ngram", "--skip-decode", "4:2"], "give one of them"),
+        (["--draft", folder / "no-run"], "no-run"),
+        (["--draft", "ngram", "--controller", "fixed", "--max-draft", -1], "must be 0 or more"),
+        (["--draft", "ngram", "--draft-threshold", 2], "threshold=2.0: must be in [0, 1]"),
+    ):
+        assert rule in refusal(capsys, generate, folder, *words)
     assert "must be FIRST:LAST" in refusal(capsys, generate, folder, "--skip-decode", "4")
     assert "1 <= last <= first <= 4" in refusal(capsys, generate, folder, "--skip-decode", "9:1")
-    assert "needs --exit-adapter" in refusal(capsys, generate, folder, "--compare")
+    assert "needs --draft or" in refusal(capsys, generate, folder, "--compare")
     assert "between 1 and 3" in refusal(capsys, train_exit, folder, "--exit-layer", 4)
     for option, value, rule in (
         ("--output", "/proc/adapter", "/proc cannot be written"),

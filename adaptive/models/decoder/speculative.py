@@ -1,256 +1,246 @@
-"""Self-speculative decoding: a model's own first layers draft, the whole model verifies.
+"""Speculative sampling: something cheap drafts, the model verifies several tokens at once.
 
-The text is that of plain greedy decoding; only the time differs.
+What comes out has the distribution of plain sampling, for every sequence of a batch; only the time
+differs. Three parts: a draft (`speculation.drafts`), a controller (`speculation.controllers`) and a
+verification (`speculation.verification`).
 
-Shape legend: T packed tokens, D width, V vocabulary, K drafted tokens.
+Shape legend: B sequences, N drafted tokens of all sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from adaptive.models.decoder.cache import Cache, LayerCache
-from adaptive.models.decoder.decode_depth import refuse_non_causal, run_layers
-from adaptive.models.decoder.generate import check_whole
-from adaptive.models.decoder.layers import Attention, KeyValueCache, RMSNorm
+from adaptive.models.decoder.decode_depth import refuse_non_causal
+from adaptive.models.decoder.generate import (
+    Sampling,
+    check_prompts,
+    check_whole,
+)
 from adaptive.models.decoder.model import Decoder
-from adaptive.models.decoder.speculation.verification import best_acceptance, k_seq
-from adaptive.routing.layout import TokenLayout
+from adaptive.models.decoder.speculation.controllers import Controller, Fixed
+from adaptive.models.decoder.speculation.drafts import Draft, DraftRun
+from adaptive.models.decoder.speculation.verification import best_acceptance, chain, k_seq
 
-__all__ = ["Drafting", "ExitAdapter", "Speculator", "best_acceptance", "distil_adapter", "k_seq"]
+__all__ = ["VERIFICATIONS", "Speculation", "best_acceptance", "k_seq", "speculate"]
 
-
-class ExitAdapter(nn.Module):
-    """Makes hidden states of an early layer fit the model's output projection.
-
-    `norm_out(x + attention(norm_in(x)))`: one attention and two norms, no feed-forward.
-
-    Source: Kangaroo, arXiv 2404.18911, section 3.1.
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, *, exit_layer: int, rope_base: float = 10000.0
-    ) -> None:
-        super().__init__()
-        self.exit_layer = exit_layer
-        self.norm_in, self.norm_out = RMSNorm(dim), RMSNorm(dim)
-        self.attention = Attention(dim, num_heads, rope_base=rope_base)
-
-    @staticmethod
-    def of(model: Decoder, exit_layer: int) -> ExitAdapter:
-        """An untrained adapter behind the first `exit_layer` layers of a model.
-
-        It has the model's device and dtype.
-
-        Raises:
-            ValueError: if that leaves no layer to draft with, or none to verify.
-        """
-        if not 1 <= exit_layer < len(model.layers):
-            raise ValueError(
-                f"exit_layer={exit_layer}: must be between 1 and {len(model.layers) - 1}"
-            )
-        config = model.config
-        adapter = ExitAdapter(
-            config.dim, config.num_heads, exit_layer=exit_layer, rope_base=config.rope_base
-        )
-        return adapter.to(model.embedding.weight)
-
-    def forward(
-        self, x_TD: Tensor, *, layout: TokenLayout, cache: KeyValueCache | None = None
-    ) -> Tensor:
-        update_TD = self.attention(self.norm_in(x_TD), layout=layout, cache=cache)
-        return self.norm_out(x_TD + update_TD)
-
-
-def distil_adapter(
-    model: Decoder, adapter: ExitAdapter, batches: Iterable[Tensor], *, learning_rate: float = 1e-3
-) -> Iterator[tuple[float, float]]:
-    """Train an adapter to predict what the whole model predicts. Freezes the model's weights.
-
-    One AdamW step for each batch of token ids int64 [B, S]. Yields, for each, the cross-entropy
-    against the model's distribution (nats a token) and the share of tokens for which both find
-    the same token likeliest, which is about the share of drafts that will be accepted.
-    """
-    model.requires_grad_(False)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=0.0)
-    for ids_BS in batches:
-        layout = TokenLayout.dense(ids_BS.shape[0], ids_BS.shape[1], ids_BS.device)
-        with torch.no_grad():
-            early_TD = run_layers(
-                model, model.embedding(ids_BS.flatten()), layout, range(adapter.exit_layer)
-            )
-            late = range(adapter.exit_layer, len(model.layers))
-            final_TD = run_layers(model, early_TD, layout, late)
-            target_TV = model.output(model.norm(final_TD)).float()
-        logits_TV = model.output(adapter(early_TD, layout=layout)).float()
-        loss = F.cross_entropy(logits_TV, target_TV.softmax(-1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        same = (logits_TV.argmax(-1) == target_TV.argmax(-1)).float().mean()
-        yield loss.item(), same.item()
+VERIFICATIONS = ("chain", "greedy")
 
 
 @dataclass
-class Drafting:
+class Speculation:
     """A generation under way, and what its drafts were worth.
 
     Attributes:
-        tokens: ids made so far, after the prompt.
-        drafted, accepted: drafted tokens, and those that the whole model confirmed.
-        rounds: passes through the late layers after the prompt's, which makes the first token.
+        tokens: ids made so far of each sequence, after its prompt.
+        drafted, accepted: drafted tokens of all sequences, and those that were taken.
+        rounds: passes of a sequence through the whole model.
     """
 
-    tokens: list[int]
+    tokens: list[list[int]]
     drafted: int = 0
     accepted: int = 0
     rounds: int = 0
 
     @property
     def acceptance(self) -> float:
-        """Share of drafted tokens that were confirmed."""
+        """Share of drafted tokens that were taken."""
         return self.accepted / max(self.drafted, 1)
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens made for each round, the prompt's own not counted; 1 for plain decoding."""
-        # The first token comes with the prompt, before any round.
-        return (len(self.tokens) - 1) / self.rounds if self.rounds else 1.0
+        """Tokens that a pass through the whole model makes; 1 for plain decoding."""
+        return sum(map(len, self.tokens)) / self.rounds if self.rounds else 1.0
 
 
-class Speculator:
-    """Drafts with the first layers of a model and verifies with the rest.
+@dataclass
+class _Proposal:
+    """Drafted tokens of each sequence, and the distributions that they were drawn from."""
 
-    A round drafts token by token through the layers before the exit and the adapter, until the
-    draft's probability falls below `threshold` or `max_draft` tokens are drafted. Then all drafted
-    tokens pass the late layers at once; those that the model itself finds likeliest stay, and its
-    own token follows the last of them. The early layers are never computed twice, and rejected
-    tokens leave every cache.
+    tokens: list[list[int]]
+    probabilities: list[list[Tensor]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def speculate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    draft: Draft,
+    *,
+    max_new_tokens: int,
+    controller: Controller | None = None,
+    verification: str = "chain",
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+    end: int | None = None,
+) -> Iterator[Speculation]:
+    """Continue prompts of any lengths together; yields after every round, the same object.
+
+    Tokens are distributed as those of `generate`; at temperature 0 they are the same. (Several
+    tokens in one product round differently from one at a time: where two are equally likely to the
+    last digit, texts may differ there.)
 
     Args:
         model: in evaluation mode, routed causally.
-        adapter: trained for it (`distil_adapter`).
-        threshold: least probability of a draft to go on; 0 drafts `max_draft` tokens always.
-        max_draft: most tokens of a round.
+        prompts: token ids, at least one each.
+        draft: what drafts.
+        max_new_tokens: tokens to make for each sequence; fewer where it reaches the model's
+            `max_seq_len`.
+        controller: how many; by default always 4.
+        verification: "chain" (arXiv 2211.17192), or "greedy", the same at temperature 0 only.
+        sampling: of the model and of the draft alike; by default the model's own distribution.
+        generator: of the draws, on the model's device.
+        vocab_size: ids from here on are never made.
+        end: the token that ends a text; None: none does.
 
     Raises:
-        ValueError: if an option is out of range, or the model looks at later tokens or is shared
-            by ranks.
-
-    Source: Kangaroo, arXiv 2404.18911, section 3.
+        ValueError: an unknown verification, or "greedy" at another temperature; a model that looks
+            at later tokens or is shared by ranks; a prompt that is empty or too long; a draft that
+            is not for this model.
     """
-
-    def __init__(
-        self, model: Decoder, adapter: ExitAdapter, *, threshold: float = 0.6, max_draft: int = 6
-    ) -> None:
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold={threshold}: must be in [0, 1]")
-        if max_draft < 1:
-            raise ValueError(f"max_draft={max_draft}: must be at least 1")
-        if not 1 <= adapter.exit_layer < len(model.layers):
-            raise ValueError(
-                f"exit_layer={adapter.exit_layer}: must be between 1 and {len(model.layers) - 1}"
-            )
-        check_whole(model)
-        refuse_non_causal(model)
-        self.model, self.adapter = model, adapter
-        self.threshold, self.max_draft = threshold, max_draft
-
-    @torch.no_grad()
-    def generate(
-        self, prompt: Sequence[int], *, max_new_tokens: int, vocab_size: int | None = None
-    ) -> Iterator[Drafting]:
-        """Continue a prompt greedily; yields after every round, the same object.
-
-        Args:
-            prompt: token ids, at least one.
-            max_new_tokens: tokens to make; fewer where the model's `max_seq_len` is reached.
-            vocab_size: ids from here on are never made.
-
-        Raises:
-            ValueError: an empty prompt, or one longer than the model's `max_seq_len`.
-        """
-        limit = self.model.config.max_seq_len
-        if not 1 <= len(prompt) <= limit:
-            raise ValueError(f"prompt of {len(prompt)} tokens: must be 1 to max_seq_len={limit}")
-        steps = min(max_new_tokens, limit - len(prompt) + 1)
-        if steps < 1:
-            return
-        run = _Run(self.model, self.adapter, vocab_size)
-        early_TD, layout, _ = run.draft(list(prompt))
-        made = Drafting([run.verify(early_TD, layout)[-1]])
-        yield made
-        while len(made.tokens) < steps:
-            room = steps - len(made.tokens) - 1
-            drafts, early_TD, layout = self._draft(run, made.tokens[-1], min(self.max_draft, room))
-            likeliest = run.verify(early_TD, layout)
-            pairs = zip(drafts, likeliest, strict=False)
-            kept = next((n for n, (a, b) in enumerate(pairs) if a != b), len(drafts))
-            run.forget(len(drafts) - kept)
-            made.tokens += [*drafts[:kept], likeliest[kept]]
-            made.drafted += len(drafts)
-            made.accepted += kept
-            made.rounds += 1
-            yield made
-
-    def _draft(self, run: _Run, token: int, most: int) -> tuple[list[int], Tensor, TokenLayout]:
-        """Drafts behind `token`; early hidden states of it and of all drafts, and their layout."""
-        drafts: list[int] = []
-        states, layouts = [], []
-        while True:
-            early_TD, layout, logits_V = run.draft([token])
-            states.append(early_TD)
-            layouts.append(layout)
-            if len(drafts) == most:
-                break
-            probability, best = logits_V.softmax(-1).max(-1)
-            if probability < self.threshold:
-                break
-            token = int(best)
-            drafts.append(token)
-        positions = torch.cat([layout.positions for layout in layouts])
-        cu_seqlens = torch.tensor([0, len(positions)], dtype=torch.int32).to(positions.device)
-        return drafts, torch.cat(states), TokenLayout(cu_seqlens, len(positions), positions)
-
-
-class _Run:
-    """The caches of one generation, and the two halves of the model that fill them."""
-
-    def __init__(self, model: Decoder, adapter: ExitAdapter, vocab_size: int | None) -> None:
-        self._model, self._adapter, self._vocab_size = model, adapter, vocab_size
-        self._device = model.embedding.weight.device
-        self._cache = Cache(model, 1)
-        self._adapter_cache = LayerCache(1, self._device)
-        self._early = range(adapter.exit_layer)
-        self._late = range(adapter.exit_layer, len(model.layers))
-
-    def draft(self, tokens: list[int]) -> tuple[Tensor, TokenLayout, Tensor]:
-        """Early hidden states of new tokens, their layout, and the draft's logits of the last."""
-        ids_T = torch.tensor(tokens).to(self._device)
-        layout = self._cache.next_positions(TokenLayout.from_lengths([len(tokens)], self._device))
-        early_TD = run_layers(
-            self._model, self._model.embedding(ids_T), layout, self._early, self._cache
+    sampling = Sampling() if sampling is None else sampling
+    if verification not in VERIFICATIONS:
+        raise ValueError(f"verification={verification}: must be {' or '.join(VERIFICATIONS)}")
+    if verification == "greedy" and sampling.temperature != 0:
+        raise ValueError(
+            f"temperature={sampling.temperature}: must be 0 for verification=greedy; chain "
+            "samples exactly"
         )
-        adapted_TD = self._adapter(early_TD, layout=layout, cache=self._adapter_cache)
-        return early_TD, layout, self._logits(adapted_TD[-1])
-
-    def verify(self, early_TD: Tensor, layout: TokenLayout) -> list[int]:
-        """What the whole model finds likeliest after each of these tokens."""
-        final_TD = run_layers(self._model, early_TD, layout, self._late, self._cache)
-        return self._logits(self._model.norm(final_TD)).argmax(-1).tolist()
-
-    def forget(self, tokens: int) -> None:
-        """Take the last tokens out of every cache."""
-        if tokens == 0:
+    check_whole(model)
+    refuse_non_causal(model)
+    check_prompts(model, prompts)
+    controller = Fixed() if controller is None else controller
+    run = draft.begin(model, len(prompts))
+    made = Speculation([[] for _ in prompts])
+    limits = [min(max_new_tokens, model.config.max_seq_len - len(prompt) + 1) for prompt in prompts]
+    while True:
+        going = [
+            index
+            for index, tokens in enumerate(made.tokens)
+            if len(tokens) < limits[index] and (end is None or tokens[-1:] != [end])
+        ]
+        if not going:
             return
-        counts_B = self._cache.counts - tokens
-        self._cache.rewind(counts_B)
-        self._adapter_cache.rewind(counts_B)
+        alive = set(going)
+        begun = time.perf_counter()
+        rows = [
+            [*prompt, *tokens] if index in alive else []
+            for index, (prompt, tokens) in enumerate(zip(prompts, made.tokens, strict=True))
+        ]
+        # The model's own token follows the last draft.
+        most = [
+            min(controller.most(), limits[index] - len(made.tokens[index]) - 1) if row else 0
+            for index, row in enumerate(rows)
+        ]
+        proposal = _propose(run, rows, most, controller, sampling, generator, vocab_size)
+        drafted_at = time.perf_counter()
+        with_drafts = [[*row, *new] for row, new in zip(rows, proposal.tokens, strict=True)]
+        wanted = [len(proposal.tokens[index]) + 1 if row else 0 for index, row in enumerate(rows)]
+        logits_TV = run.verify(with_drafts, wanted)[:, :vocab_size]
+        kept, last = _chain(
+            proposal, sampling.probabilities(logits_TV).double(), wanted, going, generator
+        )
+        controller.learn(
+            [len(proposal.tokens[index]) for index in going],
+            kept,
+            draft_seconds=drafted_at - begun,
+            verify_seconds=time.perf_counter() - drafted_at,
+        )
+        counts = [model.config.max_seq_len] * len(rows)
+        for index, count, token in zip(going, kept, last, strict=True):
+            drafts = proposal.tokens[index]
+            new = [*drafts[:count], token]
+            if end is not None and end in new:
+                new = new[: new.index(end) + 1]
+            made.tokens[index] += new
+            made.drafted += len(drafts)
+            made.accepted += count
+            made.rounds += 1
+            counts[index] = len(rows[index]) + count
+        run.rewind(counts)
+        yield made
 
-    def _logits(self, normed: Tensor) -> Tensor:
-        return self._model.output(normed)[..., : self._vocab_size]
+
+def _propose(
+    run: DraftRun,
+    rows_B: Sequence[list[int]],
+    most: Sequence[int],
+    controller: Controller,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    vocab_size: int | None,
+) -> _Proposal:
+    """Draft up to `most` tokens behind each row, all rows together, each as long as it goes on."""
+    made = _Proposal([[] for _ in rows_B], [[] for _ in rows_B])
+    drafting = [index for index, count in enumerate(most) if count > 0]
+    while drafting:
+        asking = set(drafting)
+        rows = [
+            [*row, *made.tokens[index]] if index in asking else []
+            for index, row in enumerate(rows_B)
+        ]
+        logits_GV = run.propose(rows)[:, :vocab_size].float()
+        confidence = logits_GV.softmax(-1).amax(-1).nan_to_num(0).tolist()
+        possible = logits_GV.isfinite().any(-1).tolist()
+        # Before a token is drawn: whether to go on must not depend on which one it is.
+        going = [
+            place
+            for place in range(len(drafting))
+            if possible[place] and controller.go_on(confidence[place])
+        ]
+        if not going:
+            break
+        probability_GV = sampling.probabilities(logits_GV[going])
+        drawn = torch.multinomial(probability_GV, 1, generator=generator).squeeze(1).tolist()
+        drafting = [drafting[place] for place in going]
+        for index, token, probability_V in zip(drafting, drawn, probability_GV, strict=True):
+            made.tokens[index].append(token)
+            made.probabilities[index].append(probability_V)
+        drafting = [index for index in drafting if len(made.tokens[index]) < most[index]]
+    return made
+
+
+def _chain(
+    proposal: _Proposal,
+    q_TV: Tensor,
+    wanted: Sequence[int],
+    going: Sequence[int],
+    generator: torch.Generator | None,
+) -> tuple[list[int], list[int]]:
+    """For each sequence that goes on, how many drafts are taken, and the token that follows."""
+    starts = torch.tensor([0, *wanted]).cumsum(0).tolist()
+    drafted = [token for tokens in proposal.tokens for token in tokens]
+    taken: list[bool] = []
+    next_BV = q_TV[[starts[index + 1] - 1 for index in going]]
+    kept = [len(proposal.tokens[index]) for index in going]
+    if drafted:
+        places = [
+            starts[index] + place for index in going for place in range(len(proposal.tokens[index]))
+        ]
+        p_NV = torch.stack([p for row in proposal.probabilities for p in row]).double()
+        q_NV = q_TV[places]
+        token_N1 = torch.tensor(drafted).to(q_TV.device)[:, None]
+        p_N, q_N = (x.gather(1, token_N1).squeeze(1) for x in (p_NV, q_NV))
+        uniform_N = torch.rand(
+            len(drafted), dtype=q_TV.dtype, device=q_TV.device, generator=generator
+        )
+        taken = (uniform_N * p_N < q_N).tolist()
+        begin = 0
+        rejected, first = [], []
+        for row, index in enumerate(going):
+            count = len(proposal.tokens[index])
+            if False in taken[begin : begin + count]:
+                kept[row] = taken.index(False, begin) - begin
+                rejected.append(row)
+                first.append(begin + kept[row])
+            begin += count
+        if rejected:
+            next_BV[rejected] = chain(p_NV[first], q_NV[first]).residual
+    last = torch.multinomial(next_BV, 1, generator=generator).squeeze(1).tolist()
+    return kept, last

@@ -14,7 +14,8 @@ from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.decode_depth import SkipDecode, generate_at_depth
 from adaptive.models.decoder.generate import Generation, Sampling, generate, non_causal_layers
-from adaptive.models.decoder.speculative import ExitAdapter, Speculator
+from adaptive.models.decoder.speculation.drafts import NgramDraft
+from adaptive.models.decoder.speculative import speculate
 from parallel.flop_formulas import torch_flop_counter
 from parallel.mesh import Mesh
 
@@ -183,7 +184,7 @@ def test_a_model_that_ranks_share_does_not_generate(axis: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_at_depth(model, PROMPTS, SkipDecode(4, 4, 1, 4), max_new_tokens=1)
     with pytest.raises(ValueError, match=message):
-        Speculator(model, ExitAdapter.of(model, 1))
+        next(speculate(model, PROMPTS, NgramDraft(), max_new_tokens=1))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,169 @@
+"""How much to draft. Every controller may choose to draft nothing.
+
+A controller may look at a draft's distribution before a token is drawn from it, never at the token:
+tokens that are drawn and then left out for being unlikely make the others likelier than drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Controller(Protocol):
+    def most(self) -> int:
+        """Tokens to draft at most in the next round of a sequence; 0: none."""
+        ...
+
+    def go_on(self, confidence: float) -> bool:
+        """Whether to draw a token from a draft whose likeliest has this probability."""
+        ...
+
+    def learn(
+        self,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        *,
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        """Tokens of each sequence in a round, and how long each part took for all together."""
+        ...
+
+
+class Fixed:
+    """Always so many tokens."""
+
+    def __init__(self, count: int = 4) -> None:
+        if count < 0:
+            raise ValueError(f"count={count}: must be 0 or more")
+        self.count = count
+
+    def most(self) -> int:
+        return self.count
+
+    def go_on(self, confidence: float) -> bool:
+        return True
+
+    def learn(
+        self,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        *,
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        return
+
+
+class Confidence(Fixed):
+    """While the draft's likeliest token has some probability, at temperature 1.
+
+    Args:
+        threshold: the least; 0 drafts `count` tokens always.
+        count: most tokens of a round.
+
+    Source: Kangaroo, arXiv 2404.18911, section 3.2.
+    """
+
+    def __init__(self, threshold: float = 0.6, count: int = 6) -> None:
+        super().__init__(count)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold}: must be in [0, 1]")
+        self.threshold = threshold
+
+    def go_on(self, confidence: float) -> bool:
+        return confidence >= self.threshold
+
+
+class Thompson:
+    """As many as pay, by a guess at the share of drafts that is taken and by measured times.
+
+    The share has a Beta distribution, which counts drafts taken and rejected and forgets; a guess
+    is drawn from it for each round. A further draft behind g others pays while the token that it
+    brings costs less than those so far, `a^(g+1) (V + g D) > D (1 + a + ... + a^g)`, with V the
+    time of a round that drafts nothing and D what a draft adds to a round, its own time and that
+    of its verification. Rounds without drafts, then with one, measure V and D first, but not the
+    first of either, which holds the prompt.
+
+    Args:
+        count: most tokens of a round.
+        forget: factor on what is known, every round: what has not paid is tried again.
+        seed: of the guesses.
+
+    Source: the posterior of EESD, arXiv 2406.03853 (its "Beta-TS"); the rule is ours.
+    """
+
+    def __init__(self, count: int = 8, *, forget: float = 0.98, seed: int = 0) -> None:
+        if count < 0:
+            raise ValueError(f"count={count}: must be 0 or more")
+        if not 0 < forget <= 1:
+            raise ValueError(f"forget={forget}: must be in (0, 1]")
+        self.count, self.forget = count, forget
+        self._random = random.Random(seed)
+        self._taken = self._rejected = 0.0
+        self._rounds = 0
+        self._tried = False
+        self._plain = _Average()
+        self._draft = _Average()
+
+    def most(self) -> int:
+        # The first round holds the prompt: its time says nothing.
+        if self._rounds < 2 or self.count == 0:
+            return 0
+        if self._draft.value is None or self._plain.value is None:
+            return 1
+        share = self._random.betavariate(1 + self._taken, 1 + self._rejected)
+        return worthwhile(share, self._draft.value / self._plain.value, self.count)
+
+    def go_on(self, confidence: float) -> bool:
+        return True
+
+    def learn(
+        self,
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        *,
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        self._rounds += 1
+        if self._rounds == 1:
+            return
+        self._taken, self._rejected = self._taken * self.forget, self._rejected * self.forget
+        # Those behind the first rejection were never tested.
+        self._taken += sum(accepted)
+        self._rejected += sum(taken < count for count, taken in zip(drafted, accepted, strict=True))
+        seconds = draft_seconds + verify_seconds
+        if not any(drafted):
+            self._plain.add(seconds)
+        elif self._tried:
+            self._draft.add(max(seconds - (self._plain.value or 0.0), 0.0) / max(drafted))
+        self._tried = self._tried or any(drafted)
+
+
+def worthwhile(share: float, cost: float, most: int) -> int:
+    """Drafts that make a round's tokens cheapest.
+
+    Args:
+        share: probability that a draft is taken where those before it were.
+        cost: what a draft adds to a round, as a share of a round without.
+        most: an upper limit.
+    """
+    tokens, power = 1.0, share
+    for drafted in range(most):
+        if power * (1 + drafted * cost) <= tokens * cost:
+            return drafted
+        tokens, power = tokens + power, power * share
+    return most
+
+
+class _Average:
+    """Of the last ten or so: a machine is now slower, now faster."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, new: float) -> None:
+        self.value = new if self.value is None else 0.9 * self.value + 0.1 * new
