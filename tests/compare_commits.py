@@ -1,8 +1,8 @@
 """Whether two commits train alike: the first steps of every recipe in both, digit by digit.
 
-    python benchmarks/compare_commits.py BASE NEW
-    python benchmarks/compare_commits.py BASE --record base.json    # and later, with NEW changed,
-    python benchmarks/compare_commits.py base.json NEW
+    python -m tests.compare_commits BASE NEW
+    python -m tests.compare_commits BASE --record base.json    # and later, with NEW changed,
+    python -m tests.compare_commits base.json NEW
 
 BASE and NEW are working trees (`git worktree add ../base COMMIT`) or what --record wrote. Each
 recipe of BASE trains in both, by this interpreter and on 2 ranks, started as its tree starts it:
