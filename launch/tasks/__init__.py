@@ -98,7 +98,12 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, rows: range) -> Batch:
-        """Training rows of the stream, on the CPU. A pure function of (seed, rows)."""
+        """Training rows of the stream, on the CPU. A pure function of (seed, rows).
+
+        Called in a thread of its own while the model computes the step before: it must leave
+        global generators alone (torch's is checked, and BadInput raised), and draw from
+        `row_generator` or another generator of its own.
+        """
 
     @classmethod
     def on_device(cls, batch: Batch, device: torch.device | str) -> Batch:
