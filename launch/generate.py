@@ -163,11 +163,11 @@ def summary(model: Decoder, made: Generation, *, seconds: float) -> str:
 
 
 def calibrate_on_held_out(saved: SavedDecoder) -> dict[str, float]:
-    """Thresholds from the held-out rows of the run's own data."""
+    """Thresholds from the held-out rows of the run's own data, as training shows them."""
     task, device = saved.task, saved.model.embedding.weight.device
     rows = range(min(_CALIBRATION_ROWS, task.validation_rows))
-    batches = (task.validation_batch(range(row, row + 1)) for row in rows)
-    return calibrate(saved.model, [batch["input_ids"].to(device) for batch in batches])
+    batches = [task.on_device(task.validation_batch(range(n, n + 1)), device) for n in rows]
+    return calibrate(saved.model, batches, forward=lambda b: task.validation_sums(saved.model, b))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from adaptive.models.decoder.oracle import Found, OracleReport, search
 from launch.checkpoint.models import add_checkpoint, load_decoder
 from launch.run.errors import BadInput, OneLineParser, as_bad_input, program
 from launch.run.options import check_counts
 from launch.run.writable import check_file
+from launch.tasks import Batch
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -56,10 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not 0 <= options.row < rows:
         raise BadInput(f"--row={options.row}: must be between 0 and {rows - 1}")
     batch = saved.task.validation_batch(range(options.row, options.row + 1))
-    ids_S = torch.cat([batch["input_ids"][0], batch["targets"][0, -1:]])
-    # The last tokens of the row have the longest texts before them.
-    last = ids_S.shape[0] - 1
-    positions = range(max(last - options.tokens, 0), last)
+    ids_S, learnt = text_of(batch)
+    # The last tokens of the text have the longest texts before them.
+    positions = learnt[-options.tokens :]
+    if not positions:
+        raise BadInput(f"--row={options.row}: holds nothing that is learnt: give another row")
     with as_bad_input(options.checkpoint):
         report = search(
             saved.model,
@@ -73,6 +76,22 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output is not None:
         Path(options.output).write_text(json.dumps(as_json(report), indent=1), encoding="utf-8")
         print(f"best paths: {options.output}")
+
+
+def text_of(batch: Batch) -> tuple[Tensor, list[int]]:
+    """A row's text, int64 [S], and the positions whose next token is learnt.
+
+    Of packed documents it is the one of which most is learnt: only there do tokens see one another.
+    """
+    ids, targets = batch["input_ids"][0], batch["targets"][0]
+    if "documents" in batch:
+        of_S = batch["documents"][0]
+        learnt = of_S[targets >= 0]
+        own = of_S == (learnt.bincount().argmax() if len(learnt) else 0)
+        ids, targets = ids[own], targets[own]
+    positions = (targets >= 0).nonzero().flatten().tolist()
+    # What is not learnt is not told by targets: the text ends before it.
+    return (ids if targets[-1] < 0 else torch.cat([ids, targets[-1:]])), positions
 
 
 def table(report: OracleReport) -> str:

@@ -100,7 +100,16 @@ def held_out_loss(
 
 
 def training_ids(task: Task, batch_size: int) -> Iterator[Tensor]:
-    """int64 [B, S] token ids of a text run's training stream, from its beginning."""
+    """int64 [B, S] token ids of a text run's training stream, from its beginning.
+
+    Raises:
+        BadInput: its rows are packed, so that ids alone do not say what a text is.
+    """
+    if task.config.data.packing != "windows":
+        raise BadInput(
+            f"data.packing={task.config.data.packing}: must be windows for a program that learns "
+            "from plain text; train the run's own recipe to learn from packed rows"
+        )
     row = 0
     while True:
         yield task.batch(range(row, row + batch_size))["input_ids"]

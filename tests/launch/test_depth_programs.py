@@ -22,17 +22,22 @@ from launch.run.preflight import check_run
 from parallel.checkpoint import save_atomically
 
 
-def run_folder(root: Path, **routing: Any) -> Path:
+def run_folder(root: Path, *, data: Any = None, **routing: Any) -> Path:
     """A run's folder with one checkpoint of an untrained model, on a text of its own."""
     torch.manual_seed(0)
     text = root / "text.txt"
     text.write_text("def f(x):\n    return x + 1\n\n" * 200)
-    model = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "max_seq_len": 32}
+    model = {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "max_seq_len": 64}
     config = from_mapping(
         {
             "task": "language_model",
             "model": {**model, **routing},
-            "data": {"seq_len": 16, "path": str(text), "cache": str(root / "cache")},
+            "data": {
+                "seq_len": 16,
+                "path": str(text),
+                "cache": str(root / "cache"),
+                **(data or {}),
+            },
         }
     )
     decoder = Decoder(config.model)
@@ -68,6 +73,36 @@ def test_oracle_reports_the_best_path_of_every_token(
     assert all(best["path"] == [0, 0] for best in found["best"]["0"])
     assert "--row=99999" in refusal(capsys, oracle, folder, "--row", 99999)
     assert "budget=2.0: must be in [0, 1]" in refusal(capsys, oracle, folder, "--budgets", 2)
+
+
+def test_of_packed_rows_the_oracle_searches_one_document_for_what_is_learnt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "what?" * (n % 3), "response": "so" * (1 + n % 4)} for n in range(60)]
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    packed = {"path": str(chat), "packing": "documents", "conversations": True, "seq_len": 64}
+    folder = run_folder(tmp_path, data=packed, sized_feed_forward={"budget": 0.5})
+    report = tmp_path / "report.json"
+    words = [folder, "--budgets", 0.5, "--tokens", 3, "--output", report]
+    oracle.main([str(word) for word in words])
+    batch = {
+        "input_ids": torch.tensor([[0, 5, 6, 0, 7, 8, 9, 0]]),
+        "targets": torch.tensor([[-1, 6, 1, -1, 8, 9, 4, -1]]),
+        "documents": torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1]]),
+    }
+    ids, positions = oracle.text_of(batch)
+    assert (ids.tolist(), positions) == ([0, 7, 8, 9, 4], [1, 2, 3])
+    batch["targets"][0, 6] = -1
+    batch["targets"][0, 1:3] = -1
+    ids, positions = oracle.text_of(batch)
+    assert (ids.tolist(), positions) == ([0, 7, 8, 9], [1, 2])
+    found = json.loads(report.read_text())
+    assert found["positions"] == list(range(found["positions"][-1] - 2, found["positions"][-1] + 1))
+    # Nor does a conversion learn from packed ids as if they were plain text.
+    words = ["acm", folder, "--output", tmp_path / "converted", "--distil-steps", "1"]
+    capsys.readouterr()
+    assert "data.packing=documents: must be windows" in refusal(capsys, convert, *words)
 
 
 def test_conversion_is_the_beginning_of_a_run_and_keeps_the_function(

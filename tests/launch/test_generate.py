@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from adaptive.blocks.calibration import calibrate
 from adaptive.models import Decoder
-from launch.checkpoint.files import save_tensors, write_description
+from adaptive.models.decoder.generate import Sampling, generate
+from launch.checkpoint.files import load_model, save_tensors, write_description
+from launch.checkpoint.models import load_decoder
 from launch.checkpoint.state import RunState
-from launch.data.text import Tokenizer
-from launch.generate import main
+from launch.data.text import TextConfig
+from launch.data.tokenizer import Tokenizer
+from launch.generate import calibrate_on_held_out, first_tokens, main
 from launch.generation.text import TextWriter, streaming_decoder
 from launch.run.config import from_mapping
 from launch.run.terminal import visible
@@ -25,15 +31,17 @@ MODEL = {"dim": 32, "num_layers": 4, "num_heads": 4, "max_seq_len": 64}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def checkpoint(folder: Path, **routing: object) -> Path:
-    """A run's folder with one checkpoint of an untrained model."""
+def checkpoint(folder: Path, *, end: int = 0, data: Any = None, **routing: object) -> Path:
+    """A run's folder with one checkpoint of an untrained model, which says NUL instead of `end`."""
     torch.manual_seed(0)
     model = {**MODEL, "mixture_of_depths": {"capacity": 0.25, **routing}}
-    config = from_mapping({"task": "language_model", "model": model, "data": {"seq_len": 64}})
+    data = {"seq_len": 64, **(data or {})}
+    config = from_mapping({"task": "language_model", "model": model, "data": data})
     decoder = Decoder(config.model)
     for module in decoder.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.3)
+    decoder.output.weight.data[[0, end]] = decoder.output.weight.data[[end, 0]]
 
     def write(at: Path) -> None:
         save_tensors(dict(decoder.state_dict()), at / "model.safetensors")
@@ -105,6 +113,49 @@ def test_calibration_names_its_thresholds(
     common = (checkpoint(tmp_path), "--prompt", "import os", "--max-tokens", 50)
     _, said = run(capsys, *common, "--calibrate")
     assert re.findall(r"calibrated (\S+): threshold", said) == ["layers.1", "layers.3"]
+
+
+def test_text_ends_where_the_model_ends_it_unless_told_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = load_model(checkpoint(tmp_path / "goes on"))
+    drawn = generate(model, [list(b"def")], max_new_tokens=12, sampling=Sampling(0.0))
+    tokens = list(drawn)[-1].tokens[0]
+    assert 0 not in tokens
+    folder = checkpoint(tmp_path / "ends", end=tokens[4])
+    common = (folder, "--prompt", "def", "--temperature", 0, "--max-tokens", 12, "--device", "cpu")
+    _, said = run(capsys, *common)
+    assert said.startswith(f"{tokens.index(tokens[4]) + 1} tokens")
+    _, said = run(capsys, *common, "--ignore-end")
+    assert said.startswith("12 tokens")
+
+
+def test_a_prompt_begins_as_training_shows_a_beginning() -> None:
+    tokenizer = Tokenizer("bytes")
+    for data, ids in (
+        (TextConfig(), b"say"),
+        (TextConfig(packing="documents"), b"\0say"),
+        (TextConfig(packing="documents", conversations=True), b"\0user:\nsay\n\nassistant:\n"),
+    ):
+        assert bytes(first_tokens(data, tokenizer, b"say")) == ids
+    assert first_tokens(TextConfig(), tokenizer, b"") == [0]
+
+
+def test_calibration_on_packed_rows_sees_each_document_alone(tmp_path: Path) -> None:
+    chat = tmp_path / "chat.jsonl"
+    rows = [{"prompt": f"{n}?", "response": "so" * (1 + n % 9)} for n in range(60)]
+    chat.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(chat), "packing": "documents", "conversations": True}
+    saved = load_decoder(checkpoint(tmp_path / "run", data={**data, "cache": str(tmp_path)}))
+    found = calibrate_on_held_out(saved)
+    alone = []
+    for row in range(min(16, saved.task.validation_rows)):
+        batch = saved.task.validation_batch(range(row, row + 1))
+        ids, of = batch["input_ids"][0], batch["documents"][0]
+        assert (of < 0).any(), "no padding that could be met"
+        alone += [ids[of == number][None] for number in range(int(of.max()) + 1)]
+    assert found == pytest.approx(calibrate(saved.model, alone), abs=1e-5)
+    assert len(found) == 2
 
 
 def test_bytes_that_are_no_text_become_valid_utf8() -> None:
