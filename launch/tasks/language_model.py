@@ -180,7 +180,8 @@ class LanguageModelTask(Task):
         show_routing(engine, ids_S, texts, step, writer, self._probe)
 
     def generation_command(self, checkpoint: Path) -> str:
-        return command("launch.generate", checkpoint, "--prompt", "def ")
+        prompt = "What can you do?" if self.config.data.conversations else "def "
+        return command("launch.generate", checkpoint, "--prompt", prompt)
 
 
 def _stacked(rows: Sequence[np.ndarray | Row]) -> Batch:
