@@ -152,8 +152,8 @@ def run(tree: Path, command: list[str]) -> str | None:
 
 def read_log(log: Path) -> list[Line]:
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    times = ("throughput/", "data/waiting")
-    return [{k: v for k, v in line.items() if not k.startswith(times)} for line in lines]
+    clocked = ("throughput/", "memory/", "data/waiting")
+    return [{k: v for k, v in line.items() if not k.startswith(clocked)} for line in lines]
 
 
 def verdict(base: list[Line], new: list[Line] | None) -> str:

@@ -1,7 +1,7 @@
-"""MetricLog: numbers, histograms and pictures of a run, to TensorBoard and to a file of JSON lines.
+"""MetricLog: numbers, texts, histograms and pictures of a run, to metrics.jsonl and other sinks.
 
-Both hold the same numbers under the same names. A run that resumes continues both: what was
-written at or after the step that it resumes from is dropped, so that no step appears twice.
+All hold the same numbers. A run that resumes continues all: what was written at or after the step
+that it resumes from is dropped, so that no step appears twice.
 """
 
 from __future__ import annotations
@@ -10,25 +10,31 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
+from adaptive.observe.layer_history import LayerHistory
+from adaptive.observe.sinks import OpenSink, Setting, Sink, numbers
+from adaptive.observe.tensorboard import TensorBoard
+
 
 class MetricLog:
     """Writes what one rank has to say; the other ranks have none.
 
-    Writing costs a dictionary look-up and a buffered write: TensorBoard's writer has a thread of
+    Writing costs a buffered write and what the sinks cost: TensorBoard's writer has a thread of
     its own, and the file is flushed by `flush()`, every `flush_seconds` and at the end.
 
     Args:
         folder: where metrics.jsonl and tensorboard/ go.
-        first_step: the first step that will be written. 0 starts both anew.
+        first_step: the first step that will be written. 0 starts all anew.
         tensorboard: also write TensorBoard events.
+        sinks: open further sinks.
         flush_seconds: longest time for which written lines may stay in memory.
     """
 
@@ -38,6 +44,7 @@ class MetricLog:
         *,
         first_step: int = 0,
         tensorboard: bool = True,
+        sinks: Sequence[OpenSink] = (),
         flush_seconds: float = 10.0,
     ) -> None:
         folder = Path(folder)
@@ -46,45 +53,60 @@ class MetricLog:
         _keep_steps_before(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._flush_seconds, self._flushed = flush_seconds, time.monotonic()
-        self.writer: Any = None
+        opened = [*sinks]
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            home = folder / "tensorboard"
-            if first_step == 0 and home.is_dir():
-                for events in home.glob("events.out.tfevents.*"):
-                    events.unlink()
-            self.writer = SummaryWriter(
-                str(home), purge_step=first_step or None, flush_secs=round(max(flush_seconds, 1))
-            )
+            opened.insert(0, partial(TensorBoard, flush_seconds=flush_seconds))
+        earlier = read_metrics(self.path) if opened else []
+        self._sinks: list[Sink] = [opens(folder, first_step, earlier) for opens in opened]
+        self._history = LayerHistory() if opened else None
+        for line in earlier if self._history is not None else ():
+            self._history.add(line["step"], numbers(line))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of the file, and a point of each curve. A value that is not finite is null."""
         if not values:
             return
         self._line({"step": step, **{name: _finite(value) for name, value in values.items()}})
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        if self._history is not None:
+            self._history.add(step, values)
+        for sink in self._sinks:
+            sink.scalars(step, values)
 
     def alarm(self, step: int, *, layer: str, kind: str, message: str) -> None:
-        """A line with the keys step, alarm, layer, message; a text in TensorBoard."""
+        """A line with the keys step, alarm, layer, message; a text elsewhere."""
         self._line({"step": step, "alarm": kind, "layer": layer, "message": message})
-        if self.writer is not None:
-            self.writer.add_text("alarms", f"{layer}: {message}" if layer else message, step)
+        self.text(step, "alarms", f"**step {step}** {f'`{layer}`: ' if layer else ''}{message}")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Markdown; not in the file."""
+        for sink in self._sinks:
+            sink.text(step, name, text)
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
-        """The distribution of some values; TensorBoard only."""
-        if self.writer is not None and values.numel():
-            self.writer.add_histogram(name, values.detach().float().cpu(), step)
+        """The distribution of some values; not in the file."""
+        if self._sinks and values.numel():
+            values = values.detach().float().cpu()
+            for sink in self._sinks:
+                sink.histogram(step, name, values)
 
     def image(self, step: int, name: str, image_HWC: Tensor) -> None:
-        """A picture, uint8 [H, W, 3]; TensorBoard only."""
-        if self.writer is not None:
-            self.writer.add_image(name, image_HWC, step, dataformats="HWC")
+        """A picture, uint8 [H, W, 3]; not in the file."""
+        for sink in self._sinks:
+            sink.image(step, name, image_HWC)
+
+    def settings(self, values: Mapping[str, Setting]) -> None:
+        """What the run was configured with, flat; not in the file."""
+        for sink in self._sinks:
+            sink.settings(values)
+
+    def layer_images(self, step: int) -> None:
+        """Of each statistic that several layers have, a picture of layers over steps so far."""
+        if self._history is not None:
+            for name, image_HWC in self._history.pictures().items():
+                self.image(step, name, image_HWC)
 
     def flush(self) -> None:
-        """Bring what was written to the disk; TensorBoard's events to the operating system.
+        """Bring what was written to the disk; what other sinks hold to the operating system.
 
         Raises:
             OSError: they cannot be written.
@@ -92,18 +114,20 @@ class MetricLog:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._flushed = time.monotonic()
-        if self.writer is not None:
-            self.writer.flush()
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self) -> None:
-        try:
+        with ExitStack() as last:
+            # What one of them could not write, the others try again.
+            for sink in self._sinks:
+                last.callback(sink.close)
+            last.callback(self._close_file)
             self.flush()
-        finally:
-            # What the first of them could not write, the others try again.
-            with suppress(OSError):
-                self._file.close()
-            if self.writer is not None:
-                self.writer.close()
+
+    def _close_file(self) -> None:
+        with suppress(OSError):
+            self._file.close()
 
     def __enter__(self) -> MetricLog:
         return self

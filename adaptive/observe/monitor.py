@@ -40,6 +40,8 @@ class Monitor:
             a resumed run writes at the same steps.
         group: ranks whose tokens differ (data and context ranks).
         limits: when alarms are raised.
+        peak: operations a second that all ranks together could do at most, as stated by whoever
+            built them; None: utilisation is not written.
         device: of the collective; by default that of the records.
 
     Attributes:
@@ -54,13 +56,14 @@ class Monitor:
         every: int = 10,
         group: dist.ProcessGroup | None = None,
         limits: AlarmLimits | None = None,
+        peak: float | None = None,
         device: torch.device | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every}: must be at least 1")
         self.latest: dict[str, float] = {}
         self._model, self._log, self._every, self._device = model, log, every, device
-        self._alarms = Alarms(limits)
+        self._alarms, self._peak = Alarms(limits), peak
         self._training, self._evaluation = RoutingWindow(group), RoutingWindow(group)
         self._counts_flops = True
         self._lengths: list[Tensor] = []
@@ -138,11 +141,13 @@ class Monitor:
     def histograms(self, step: int, records: Sequence[RoutingRecord]) -> None:
         """Write how router weights are distributed in some records of this rank, and pictures.
 
-        Pictures: the load of experts, of all ranks' tokens in the last window; where a
-        block's tokens are patches of images (its `grid`), those that were kept.
+        Pictures: each statistic of all layers over the steps so far; the load of experts, of all
+        ranks' tokens in the last window; where a block's tokens are patches of images (its
+        `grid`), those that were kept.
         """
         if self._log is None:
             return
+        self._log.layer_images(step)
         if self._training.loads:
             loads = {name: torch.tensor(load) for name, load in self._training.loads.items()}
             self._log.image(step, "routing/load", load_map(loads))
@@ -189,6 +194,8 @@ class Monitor:
             out["throughput/executed_flops_per_second"] = executed / seconds
             out["throughput/nominal_flops_per_second"] = nominal / seconds
             out["throughput/executed_share_of_nominal"] = executed / nominal
+            if self._peak is not None:
+                out["throughput/mfu"] = executed / seconds / self._peak
         return out
 
     def _start_window(self) -> None:

@@ -66,7 +66,8 @@ def _check_served(section: Mapping[str, Any]) -> None:
         if _enabled(section, key):
             raise BadInput(
                 f"deepspeed.{key}.enabled=True: must be false, DeepSpeed would show the learning "
-                "rate alone; section monitor writes OUTPUT/metrics.jsonl and TensorBoard"
+                "rate alone; section monitor writes OUTPUT/metrics.jsonl and TensorBoard, and "
+                "monitor.sinks=[deepspeed] its tensorboard and csv_monitor"
             )
     if _enabled(section, "fp16") and not get_accelerator().is_fp16_supported():
         device = get_accelerator().device_name()

@@ -20,6 +20,7 @@ from launch.checkpoint.shards import MOMENTS, TAG, link_moments, set_whole, writ
 from launch.checkpoint.state import WholeState
 from launch.run.errors import BadInput
 from launch.run.experts import count_every_expert_once, declare_experts, expert_groups
+from launch.run.log import without_monitors
 from launch.run.optimizer import audit_groups, parameter_groups
 from launch.run.sections import RunConfig
 from launch.tasks import Batch, Task
@@ -343,7 +344,7 @@ def engine_settings(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.train.gradient_clip,
     }
-    given = dict(config.deepspeed)
+    given = without_monitors(config)
     for key, value in derived.items():
         if given.get(key, "auto") not in ("auto", value):
             raise BadInput(

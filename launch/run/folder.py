@@ -27,7 +27,18 @@ from parallel.checkpoint import MANIFEST, set_aside_above
 
 ORIGIN = "origin.json"
 # What a run writes into its folder: an earlier run keeps it under another name.
-_WRITTEN = ("checkpoints", "metrics.jsonl", "tensorboard", "run.yaml", ORIGIN)
+_WRITTEN = (
+    "checkpoints",
+    "metrics.jsonl",
+    "metrics.csv",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "mlflow.db",
+    "deepspeed",
+    "run.yaml",
+    ORIGIN,
+)
 
 
 def where_to_start(config: RunConfig) -> Path | None:

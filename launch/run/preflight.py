@@ -15,6 +15,7 @@ from launch.run.config import load_saved
 from launch.run.deepspeed_section import check_deepspeed
 from launch.run.engine import engine_settings
 from launch.run.errors import BadInput
+from launch.run.log import check_sinks, without_monitors
 from launch.run.sections import RunConfig
 from launch.run.terminal import announced
 from launch.run.writable import check_folder
@@ -43,7 +44,8 @@ def check_run(config: RunConfig, *, ranks: int, speak: bool = False) -> None:
     mesh = Mesh(**{**vars(axes), "data": data})
     check_folder("output", config.output)
     with announced("checking section deepspeed (which imports it)", speak=speak):
-        check_deepspeed(config.deepspeed)
+        check_sinks(config)
+        check_deepspeed(without_monitors(config))
     for phase in phases:
         stage = phase.deepspeed.get("zero_optimization", {}).get("stage", 0)
         check_zero(stage, tensor=axes.tensor, expert=axes.expert)

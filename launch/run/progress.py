@@ -101,7 +101,9 @@ def final_summary(
     """The last lines of a run: where everything is, and what to do next."""
     lines = [f"finished in {clock(seconds)}", f"checkpoint   {checkpoint}"]
     if tensorboard:
-        lines.append(f"TensorBoard  {command('tensorboard.main', '--logdir', output)}")
+        lines.append(
+            f"TensorBoard  {command('tensorboard.main', '--logdir', output / 'tensorboard')}"
+        )
     if generate is not None:
         lines.append(f"generate     {generate}")
     return "\n".join(lines)

@@ -140,6 +140,11 @@ class MonitorConfig:
 
     Attributes:
         tensorboard: write TensorBoard events to OUTPUT/tensorboard.
+        sinks: what else is written: csv (OUTPUT/metrics.csv), wandb, mlflow, deepspeed (those that
+            section deepspeed enables of tensorboard and csv_monitor, in OUTPUT/deepspeed).
+        project: of wandb, and the experiment of mlflow.
+        peak_tflops: operations that one device could do, in 10^12 a second, for throughput/mfu;
+            null: not written.
         every: steps between records of the routing (they are also lines of OUTPUT/metrics.jsonl).
         images_every: steps between histograms and routing images; 0: at evaluations only.
         on_alarm: "warn" prints an alarm and goes on, "stop" ends the run.
@@ -148,6 +153,9 @@ class MonitorConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
 
     tensorboard: bool = True
+    sinks: list[Literal["csv", "wandb", "mlflow", "deepspeed"]] = field(default_factory=list)
+    project: str = "adaptive"
+    peak_tflops: float | None = None
     every: int = 10
     images_every: int = 0
     on_alarm: Literal["warn", "stop"] = "warn"
@@ -155,6 +163,11 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         _within(self, 1, LARGEST_WHOLE, "every")
         _within(self, 0, LARGEST_WHOLE, "images_every")
+        _within(self, 1e-6, 1e9, "peak_tflops")
+        if not self.project.strip():
+            raise ValueError(f"project={self.project!r}: must be a name")
+        if len(set(self.sinks)) < len(self.sinks):
+            raise ValueError(f"sinks={self.sinks}: must name each once")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from launch.run.engine import Engine
 from launch.run.errors import BadInput, Failed
 from launch.run.failures import clear as clear_errors
 from launch.run.folder import how_to_continue, only_run_in, where_to_start
+from launch.run.log import open_log
 from launch.run.loop import Loop
 from launch.run.marks import FINISHED, STOPPED, Marks
 from launch.run.marks import clear as clear_marks
+from launch.run.memory import memory_in_use
 from launch.run.optimizer import learning_rate_at
 from launch.run.preflight import changed_settings, check_continues
 from launch.run.progress import Progress, final_summary
@@ -73,7 +76,7 @@ def _run_phases(config: RunConfig, source: Path | None, device: torch.device, ma
     first_step = 0 if source is None else state.step + 1
     phases = config.phase_configs()
     stopped = False
-    with _metric_log(config, first_step=first_step) as log:
+    with open_log(config, first_step=first_step, command=sys.argv) as log:
         while not stopped:
             if state.phase_step >= phases[state.phase].train.steps:
                 if state.phase + 1 == len(phases):
@@ -125,8 +128,14 @@ def _run_phase(
     task = task_class(config.task)(config, mesh=mesh, device=device)
     with announced("building the model and its optimizer", speak=is_first()):
         engine = Engine(config, task, mesh=mesh, device=device)
+    tflops = config.monitor.peak_tflops
     monitor = Monitor(
-        engine.model, log=log, every=config.monitor.every, group=mesh.token_group, device=device
+        engine.model,
+        log=log,
+        every=config.monitor.every,
+        group=mesh.token_group,
+        peak=None if tflops is None else tflops * 1e12 * dist.get_world_size(),
+        device=device,
     )
     loop = Loop(config, task, engine, state=state, stop=stop, monitor=monitor, marks=marks)
     train = config.train
@@ -165,8 +174,10 @@ def _run_phase(
             progress.say(f"operations are not counted: {loop.uncounted}")
         scalars = {"loss/train": report.loss, "learning_rate": learning_rate}
         scalars["data/waiting"] = report.waited / seconds
-        if monitor.due(step) and norm is not None:
-            scalars["gradient_norm"] = norm
+        if monitor.due(step):
+            if norm is not None:
+                scalars["gradient_norm"] = norm
+            scalars |= memory_in_use(device)
         alarms = monitor.end_step(
             step,
             scalars,
@@ -191,20 +202,13 @@ def _run_phase(
         if _due(number, images) if images else evaluates:
             marks("pictures", slow=True)
             monitor.histograms(step, report.records)
-            task.report(engine, step, None if log is None else log.writer)
+            task.report(engine, step, log)
         checkpoint = None
         if _due(number, config.checkpoint.every) or number == train.steps or asked:
             checkpoint = loop.save()
     loop.close()
     assert checkpoint is not None
     return checkpoint, loop.state, asked and loop.state.phase_step < train.steps
-
-
-def _metric_log(config: RunConfig, *, first_step: int) -> AbstractContextManager[MetricLog | None]:
-    """The log that rank 0 writes; None on the other ranks."""
-    if not is_first():
-        return nullcontext()
-    return MetricLog(config.output, first_step=first_step, tensorboard=config.monitor.tensorboard)
 
 
 def _keeps_moments(run_config: RunConfig, state: RunState) -> bool:

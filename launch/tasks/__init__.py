@@ -15,19 +15,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adaptive.flops import Work
+from adaptive.observe.metric_log import MetricLog
 from launch.checkpoint.state import WholeState
 from launch.run.sections import RunConfig
 from parallel.mesh import Mesh
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 Batch = Mapping[str, Tensor]
 """Tensors of some rows, rows first. The loop moves them to the device and gives them to losses,
@@ -171,8 +169,8 @@ class Task(ABC):
     def load_shared_state(self, engine: TrainedModel, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Take back what `shared_state` gave, at any number of ranks and ZeRO stage."""
 
-    def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:  # noqa: B027
-        """Write images or texts at an evaluation. Every rank calls it; rank 0 has the writer."""
+    def report(self, engine: TrainedModel, step: int, log: MetricLog | None) -> None:  # noqa: B027
+        """Write images or texts at an evaluation. Every rank calls it; rank 0 has the log."""
 
     def generation_command(self, checkpoint: Path) -> str | None:
         """The command that generates text or images from a checkpoint, printed at a run's end."""

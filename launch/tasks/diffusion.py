@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from adaptive.flops import Work
 from adaptive.models.diffusion.flow_matching import Draws, draw, flow_matching_loss
 from adaptive.models.diffusion.model import DiffusionConfig, DiffusionTransformer
 from adaptive.models.diffusion.samplers import SamplingConfig, sample
+from adaptive.observe.metric_log import MetricLog
 from launch.data.images import DiffusionImageConfig, DiffusionImageData, tile, to_pixels
 from launch.run.averaging import AverageConfig, WeightAverage
 from launch.run.errors import BadInput
@@ -24,9 +25,6 @@ from launch.run.sections import RunConfig
 from launch.run.terminal import command
 from launch.tasks import Batch, Sums, Task, TrainedModel, row_generator
 from parallel.mesh import Mesh
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 AVERAGE = "average."  # of the names of averaged weights in checkpoints
 _VALIDATION_SEED = 20251021
@@ -158,10 +156,10 @@ class DiffusionTask(Task):
         if self._average is not None:
             self._average.load(engine, averaged_weights(state))
 
-    def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:
+    def report(self, engine: TrainedModel, step: int, log: MetricLog | None) -> None:
         """A grid of samples of the averaged weights, one row a class."""
         weights = averaged_weights(self.shared_state(engine))
-        if writer is None or self.config.model.channels not in (1, 3):
+        if log is None or self.config.model.channels not in (1, 3):
             return
         with torch.random.fork_rng(devices=[]):
             model = DiffusionTransformer(self.config.model)
@@ -174,7 +172,7 @@ class DiffusionTask(Task):
         labels = torch.arange(classes, device=self.device).repeat_interleave(per_class)
         images = sample(model.to(self.device), labels, self.config.sampling, seed=0)
         sheet = tile(to_pixels(images), per_class, zoom=max(1, 32 // self.config.model.image_size))
-        writer.add_image("samples", sheet, step, dataformats="HWC")
+        log.image(step, "samples", torch.from_numpy(sheet))
 
     def generation_command(self, checkpoint: Path) -> str:
         return command("launch.sample", checkpoint, "--png", "samples.png")

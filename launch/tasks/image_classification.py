@@ -5,7 +5,7 @@ Shape legend: B rows (images), S tokens of an image, C channels, H W pixels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adaptive.flops import Work
 from adaptive.models.vision.model import VisionConfig, VisionTransformer
+from adaptive.observe.metric_log import MetricLog
 from adaptive.observe.pictures import patch_map
 from adaptive.routing.tape import RoutingRecord, RoutingTape
 from launch.data.images import ImageConfig, ImageData
@@ -21,9 +22,6 @@ from launch.run.ranks import is_first
 from launch.run.sections import RunConfig
 from launch.tasks import Batch, Sums, Task, TrainedModel
 from parallel.mesh import Mesh
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 _PICTURED = 8  # images in a picture of which patches merged
 
@@ -87,7 +85,7 @@ class ImageClassificationTask(Task):
         right = (logits_BK.argmax(-1) == labels_B).sum()
         return {"loss": (loss, len(labels_B)), "accuracy": (right, len(labels_B))}
 
-    def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:
+    def report(self, engine: TrainedModel, step: int, log: MetricLog | None) -> None:
         """Of held-out images, which patches stood for others after each layer that merges."""
         if not self.config.model.methods or not self.validation_rows:
             return
@@ -104,10 +102,10 @@ class ImageClassificationTask(Task):
                 self.validation_batch(range(min(_PICTURED, self.validation_rows))), watch
             )
         engine.train()
-        if writer is None:
+        if log is None:
             return
         for name, image_HWC in merging_pictures(records, self.config.model).items():
-            writer.add_image(f"merging/{name}", image_HWC, step, dataformats="HWC")
+            log.image(step, f"merging/{name}", image_HWC)
 
 
 def merging_pictures(records: list[RoutingRecord], config: VisionConfig) -> dict[str, Tensor]:

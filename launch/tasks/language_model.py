@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaptive.flops import Work
 from adaptive.models.decoder.model import Decoder, DecoderConfig
+from adaptive.observe.metric_log import MetricLog
 from adaptive.routing.collapse import FluctuationProbe
 from adaptive.routing.layout import TokenLayout, layout_from_documents
 from launch.checkpoint.growth import grow_whole
@@ -32,9 +33,6 @@ from launch.tasks.pictures import show_routing
 from parallel.context import own_context_rows
 from parallel.mesh import Mesh
 from parallel.rows import even_shards
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class LanguageModelTask(Task):
@@ -172,12 +170,12 @@ class LanguageModelTask(Task):
                 sums[f"loss/{name}"] = (losses_T.where(mine_T, 0).sum(), count)
         return sums
 
-    def report(self, engine: TrainedModel, step: int, writer: SummaryWriter | None) -> None:
+    def report(self, engine: TrainedModel, step: int, log: MetricLog | None) -> None:
         """Pictures of who computed a held-out text."""
         ids_S = torch.from_numpy(self.corpus.validation_row(0))[:-1].long()
         tokenizer = Tokenizer(self.config.data.tokenizer)
         texts = [tokenizer.decode([token]) for token in ids_S.tolist()]
-        show_routing(engine, ids_S, texts, step, writer, self._probe)
+        show_routing(engine, ids_S, texts, step, log, self._probe)
 
     def generation_command(self, checkpoint: Path) -> str:
         prompt = "What can you do?" if self.config.data.conversations else "def "

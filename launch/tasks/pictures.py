@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from adaptive.observe.metric_log import MetricLog
 from adaptive.observe.pictures import (
     chosen_by_layer,
     depth_map,
@@ -18,9 +17,6 @@ from adaptive.routing.collapse import FluctuationProbe, measuring_collapse
 from adaptive.routing.tape import RoutingRecord, RoutingTape
 from launch.tasks import Batch, TrainedModel
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 LONGEST = 288
 """Tokens shown: four lines of a depth map."""
 
@@ -30,7 +26,7 @@ def show_routing(
     ids_S: Tensor,
     texts: list[str],
     step: int,
-    writer: SummaryWriter | None,
+    log: MetricLog | None,
     probe: FluctuationProbe | None = None,
 ) -> None:
     """Run one text as evaluation does and draw who computed it. Every rank calls it.
@@ -42,7 +38,7 @@ def show_routing(
         ids_S: int64, the tokens of the text, the same on every rank.
         texts: what each of them reads.
         step: steps taken.
-        writer: of the rank that writes.
+        log: of the rank that writes.
         probe: remembers the experts of this text from one call to the next.
     """
     records: list[RoutingRecord] = []
@@ -58,16 +54,19 @@ def show_routing(
     engine.train()
     if probe is not None:
         probe.update(records)
-    if writer is None:
+    if log is None:
         return
-    for record in records:
-        for name, value in record.statistics.items():
-            if name.startswith("collapse/"):
-                writer.add_scalar(f"{name}/{record.name}", float(value), step)
+    collapse = {
+        f"collapse/{record.name}/{name.removeprefix('collapse/')}": float(value)
+        for record in records
+        for name, value in record.statistics.items()
+        if name.startswith("collapse/")
+    }
+    log.scalars(step, collapse)
     layers = engine.model.get_submodule("layers")
     assert isinstance(layers, nn.ModuleList)
     for name, image_HWC in routing_pictures(records, texts, len(layers)).items():
-        writer.add_image(f"routing/{name}", image_HWC, step, dataformats="HWC")
+        log.image(step, f"routing/{name}", image_HWC)
 
 
 def routing_pictures(

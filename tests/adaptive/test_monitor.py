@@ -21,6 +21,7 @@ from adaptive.models import Decoder, DecoderConfig, DiffusionConfig, DiffusionTr
 from adaptive.observe.alarms import AlarmLimits
 from adaptive.observe.metric_log import MetricLog, read_metrics
 from adaptive.observe.monitor import Monitor
+from adaptive.observe.sinks import shown_name
 from adaptive.routing.summary import RoutingWindow
 from adaptive.routing.tape import RoutingRecord
 
@@ -105,15 +106,15 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
 
     train(6, tmp_path)
     everything = {"scalars": 0, "histograms": 0}
-    events = EventAccumulator(str(tmp_path / "tensorboard"), everything).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name), everything).Reload()
     lines = read_metrics(tmp_path / "metrics.jsonl")
     for line in lines:
         for name, value in line.items():
             if name == "step":
                 continue
-            at_step = {e.step: e.value for e in events.Scalars(name)}
+            at_step = {e.step: e.value for e in events.Scalars(shown_name(name))}
             assert at_step[line["step"]] == pytest.approx(value, rel=1e-6), name
-    assert len(events.Histograms("routing/layers.1/weights")) == 6
+    assert len(events.Histograms("routing/weights/layer_01")) == 6
 
 
 def test_flop_throughput_is_that_of_the_tokens_really_run(tmp_path: Path) -> None:
@@ -209,7 +210,11 @@ def test_resuming_writes_no_step_twice(tmp_path: Path) -> None:
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(10))
     assert [line["loss/train"] for line in lines[4:6]] == [4.0, 105.0]
-    points = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/train")
+    points = (
+        EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name))
+        .Reload()
+        .Scalars("loss/train")
+    )
     assert [point.step for point in points] == list(range(10))
     assert points[5].value == 105.0
 
@@ -221,7 +226,11 @@ def test_starting_anew_forgets_an_earlier_run(tmp_path: Path) -> None:
         with MetricLog(tmp_path) as log:
             log.scalars(0, {"loss/train": value})
     assert [x["loss/train"] for x in read_metrics(tmp_path / "metrics.jsonl")] == [2.0]
-    points = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/train")
+    points = (
+        EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name))
+        .Reload()
+        .Scalars("loss/train")
+    )
     assert [point.value for point in points] == [2.0]
 
 
@@ -306,5 +315,5 @@ def test_patches_that_a_diffusion_model_keeps_are_drawn(tmp_path: Path) -> None:
         monitor.end_step(1, {}, tokens=3 * 64, seconds=1.0)
         monitor.histograms(1, tape.records)
     assert 0 < monitor.latest["throughput/executed_share_of_nominal"] < 1
-    events = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload()
-    assert events.Tags()["images"] == ["routing/trunk/kept"]
+    events = EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name), {"images": 0}).Reload()
+    assert events.Tags()["images"] == ["routing/kept/trunk"]

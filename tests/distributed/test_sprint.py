@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adaptive.models import DiffusionTransformer
 from adaptive.models.diffusion.samplers import sample
+from adaptive.observe.metric_log import MetricLog
 from launch.checkpoint.files import read_state
 from launch.checkpoint.state import RunState
 from launch.data.images import tile, to_pixels
@@ -230,7 +231,6 @@ def reported_grid(tree: dict[str, Any], folder: str) -> tuple[np.ndarray, np.nda
 
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
 
     config = from_mapping(tree).phase_configs()[0]
     device = join_ranks()
@@ -239,9 +239,9 @@ def reported_grid(tree: dict[str, Any], folder: str) -> tuple[np.ndarray, np.nda
     loop = Loop(config, task, engine, state=RunState(), stop=StopRequest())
     task.start_phase(engine)
     loop.step()
-    with SummaryWriter(folder) as writer:
-        task.report(engine, 1, writer)
-    events = EventAccumulator(folder)
+    with MetricLog(folder) as log:
+        task.report(engine, 1, log)
+    events = EventAccumulator(str(Path(folder) / "tensorboard" / Path(folder).name))
     events.Reload()
     (event,) = events.Images("samples")
     picture = np.asarray(Image.open(BytesIO(event.encoded_image_string)).convert("RGB"))

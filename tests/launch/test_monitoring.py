@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,11 @@ def recipe(folder: Path, **changes: Any) -> list[str]:
 def timeless(folder: Path) -> list[dict[str, Any]]:
     """The log without what depends on the clock."""
     return [
-        {name: value for name, value in line.items() if "second" not in name}
+        {
+            name: value
+            for name, value in line.items()
+            if not re.search("second|memory|waiting", name)
+        }
         for line in read_metrics(folder / "run" / "metrics.jsonl")
     ]
 

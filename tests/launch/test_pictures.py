@@ -55,9 +55,9 @@ def test_pictures_reach_tensorboard(
     ids_S = torch.randint(0, 256, (length,))
     texts = [chr(token) for token in ids_S.tolist()]
     with MetricLog(tmp_path) as log:
-        show_routing(engine, ids_S, texts, 5, log.writer)
+        show_routing(engine, ids_S, texts, 5, log)
     assert engine.model.training
-    events = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name), {"images": 0}).Reload()
     assert set(events.Tags()["images"]) == {f"routing/{name}" for name in expected}
 
 

@@ -80,5 +80,5 @@ def test_the_last_lines_are_commands_whatever_the_folder_is_called(task: type) -
     ).splitlines()
     words = {line.split()[0]: shlex.split(line)[1:] for line in lines[2:]}
     assert words["TensorBoard"][:2] == words["generate"][:2] == [sys.executable, "-m"]
-    assert words["TensorBoard"][-1] == str(run)
+    assert words["TensorBoard"][-1] == str(run / "tensorboard")
     assert str(checkpoint) in words["generate"]

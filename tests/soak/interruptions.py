@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -255,7 +256,10 @@ def difference(output: Path, undisturbed: Path) -> str | None:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """All but what a clock has measured."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not re.search("second|memory|waiting", k)}
+        for line in lines
+    ]
 
 
 def _events_differ(output: Path, undisturbed: Path) -> str | None:
@@ -264,7 +268,9 @@ def _events_differ(output: Path, undisturbed: Path) -> str | None:
 
     curves = []
     for path in (output, undisturbed):
-        events = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0})
+        events = EventAccumulator(
+            str(path / "tensorboard" / path.name), size_guidance={"scalars": 0}
+        )
         events.Reload()
         curves.append([(point.step, point.value) for point in events.Scalars("loss/train")])
     return None if curves[0] == curves[1] else f"TensorBoard shows {len(curves[0])} other points"

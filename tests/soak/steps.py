@@ -63,5 +63,7 @@ def _row(leg: Leg, output: Path, step: int, seconds: float) -> dict[str, Any]:
             "threads": process.num_threads(),
         }
     row["metrics.jsonl"] = (output / "metrics.jsonl").stat().st_size
-    row["tensorboard"] = sum(path.stat().st_size for path in (output / "tensorboard").iterdir())
+    row["tensorboard"] = sum(
+        path.stat().st_size for path in (output / "tensorboard").rglob("events*")
+    )
     return row
