@@ -257,6 +257,24 @@ def test_early_layers_are_computed_once_and_late_ones_at_most_once_a_token_kept(
     assert seen[0] == seen[3] == len(PROMPT) + made.drafted + made.rounds - 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("draft", ["exit", "model"])
+def test_a_draft_forgets_what_was_rejected(draft: str) -> None:
+    """The text would be right all the same, and drafts worse."""
+    model = decoder("mixture_of_depths")
+    drafter = DRAFTS[draft](model)
+    used, fresh = (drafter.begin(model, 2) for _ in range(2))
+    rows, drafts = [PROMPT, PROMPT[:3]], [[7, 8, 9], [10]]
+    used.propose(rows)
+    longer = [row + new for row, new in zip(rows, drafts, strict=True)]
+    used.propose(longer)
+    used.verify(longer, [4, 2])
+    kept = [len(PROMPT) + 1, 3]
+    used.rewind(kept)
+    rows = [[*row[:count], 30] for row, count in zip(longer, kept, strict=True)]
+    torch.testing.assert_close(used.propose(rows), fresh.propose(rows))
+
+
 def test_generation_ends_at_the_end_of_the_text_and_of_the_longest_sequence() -> None:
     model = decoder()
     *_, plain = generate(model, PROMPTS, max_new_tokens=1000, sampling=GREEDY)
