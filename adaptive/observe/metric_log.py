@@ -58,9 +58,11 @@ class MetricLog:
             opened.insert(0, partial(TensorBoard, flush_seconds=flush_seconds))
         earlier = read_metrics(self.path) if opened else []
         self._sinks: list[Sink] = [opens(folder, first_step, earlier) for opens in opened]
-        self._history = LayerHistory() if opened else None
-        for line in earlier if self._history is not None else ():
-            self._history.add(line["step"], numbers(line))
+        self._history = None
+        if opened:
+            self._history = LayerHistory()
+            for line in earlier:
+                self._history.add(line["step"], numbers(line))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of the file, and a point of each curve. A value that is not finite is null."""

@@ -52,8 +52,8 @@ class _Key:
             draw.line((_MARGIN + x, top + 15, _MARGIN + x, top + 21), fill=colour)
         for place, word in enumerate(self._words):
             wide = 6.6 * len(word)
-            x = _MARGIN + place / max(len(self._words) - 1, 1) * (strip - wide)
-            draw.text((x, top), word, fill=_INK, font=_font(11))
+            left = _MARGIN + place / max(len(self._words) - 1, 1) * (strip - wide)
+            draw.text((left, top), word, fill=_INK, font=_font(11))
 
 
 class _Squares:
