@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from launch.checkpoint.beginning import check_new_run
 from launch.checkpoint.files import find_checkpoint
 from launch.checkpoint.models import SavedDecoder, add_checkpoint, load_decoder
@@ -19,9 +21,13 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 def open_source(options: argparse.Namespace) -> SavedDecoder:
     """The decoder to convert, after a look at where the result goes.
 
+    What a conversion draws follows from the run's seed: made again, the result is the same.
+
     Raises:
         BadInput: no decoder there, or the output is in use.
     """
     folder = find_checkpoint(options.checkpoint)
     check_new_run(Path(options.output), source=folder)
-    return load_decoder(folder)
+    saved = load_decoder(folder)
+    torch.manual_seed(saved.config.train.seed)
+    return saved

@@ -109,7 +109,7 @@ def test_conversion_is_the_beginning_of_a_run_and_keeps_the_function(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run_folder(tmp_path)
-    tuned = tmp_path / "tuned"
+    tuned, again = tmp_path / "tuned", tmp_path / "again"
     steps = ["--distil-steps", "2", "--gate-steps", "2", "--batch-size", "2", "--rows", "2"]
     convert.main(["acm", str(folder), "--output", str(tuned), "--learners", "2", *steps])
     told = [line.split() for line in capsys.readouterr().out.splitlines() if " loss " in line]
@@ -120,6 +120,11 @@ def test_conversion_is_the_beginning_of_a_run_and_keeps_the_function(
     assert sum(p.numel() for n, p in model.named_parameters() if "learners" in n) == 2 * 3 * 16 * 32
     assert read_state(tuned / "checkpoints" / "step-00000000").step == 0
     check_run(config, ranks=1)
+    # Made again, its gates begin with the same numbers: torch's own seed is another each time.
+    torch.manual_seed(1234)
+    convert.main(["acm", str(folder), "--output", str(again), "--learners", "2", *steps])
+    for name, value in load_model(again)[0].state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
     line = refusal(capsys, convert, "acm", folder, "--output", tuned)
     assert "already holds checkpoints" in line
     line = refusal(capsys, convert, "acm", folder, "--output", tmp_path / "x", "--learners", 5)
