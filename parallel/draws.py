@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -71,7 +72,8 @@ def first_of_batch(tokens: int) -> int | None:
 
 def _of_batch(draw: Callable[[int], Tensor], tokens: int) -> Tensor:
     """`draw(tokens)`, or these tokens of what is drawn for the whole batch."""
-    part = _part.get()
+    # torch.compile cannot trace a ContextVar; a parity check, which sets it, does not compile.
+    part = None if torch.compiler.is_compiling() else _part.get()
     if part is None:
         return draw(tokens)
     first, rows, of = part

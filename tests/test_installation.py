@@ -108,7 +108,7 @@ def test_the_installed_command_trains_a_recipe_by_its_name(installed: Path, tmp_
 def test_an_unknown_program_is_one_line(tmp_path: Path) -> None:
     done = run(sys.executable, "-m", "launch", "trian", cwd=tmp_path, path=ROOT)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.startswith("error: trian: must be one of train, compare")
+    assert done.stderr.startswith("error: trian: must be one of train, budget_curve, compare")
 
 
 def test_a_path_wins_over_a_recipe_of_its_name(

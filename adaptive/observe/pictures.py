@@ -28,7 +28,7 @@ _PAPER, _INK, _FAINT = (255, 255, 255), (30, 30, 36), (150, 152, 160)
 _SKIPPED, _COMPUTED, _ALWAYS = (238, 239, 243), (24, 110, 190), (176, 205, 232)
 # From few to many: light to dark, so that print and colour-blind readers see the same order.
 _SCALE = ((247, 247, 242), (253, 219, 158), (244, 146, 84), (205, 61, 78), (112, 20, 92))
-_CELL_WIDTH, _CELL_HEIGHT, _MARGIN, _LINE = 10, 13, 8, 17
+_CELL_WIDTH, _CELL_HEIGHT, _MARGIN, _LINE = 11, 12, 8, 17
 
 WIDTH = 350
 """Pixels that TensorBoard gives a picture."""
@@ -164,13 +164,12 @@ def depth_map(
     """
     share = chosen_LT[torch.tensor(list(routed))].float().mean() if any(routed) else torch.ones(())
     title = f"layers down, tokens across; routed layers computed {float(share):.1%} of tokens"
-    key = _Squares((_COMPUTED, "computed"), (_SKIPPED, "skipped"), (_ALWAYS, "not routed"))
     colours = [
         [_ALWAYS if not is_routed else _COMPUTED if computed else _SKIPPED for computed in row]
         for is_routed, row in zip(routed, chosen_LT.tolist(), strict=True)
     ]
     notes = [f"{float(row.float().mean()):.0%}" for row in chosen_LT]
-    return _bands(_Head(title, key), tokens, names, colours, notes)
+    return _bands(title, tokens, names, colours, notes)
 
 
 def expert_map(
@@ -185,8 +184,7 @@ def expert_map(
         units: experts of each layer.
         experts_LT: int64 [L, T], the expert of each token.
     """
-    title = "layers down, tokens across; each colour is one expert of its layer, pale an idle one"
-    key = _Key(_hue, "expert 0", f"expert {max(units) - 1}")
+    title = "layers down, tokens across; each colour is one expert of its layer"
     colours = [
         [_hue(expert / count) if expert < count else _SKIPPED for expert in row]
         for count, row in zip(units, experts_LT.tolist(), strict=True)
@@ -196,13 +194,12 @@ def expert_map(
         for count, row in zip(units, experts_LT.tolist(), strict=True)
     ]
     notes = [f"{number} of {count}" for number, count in zip(used, units, strict=True)]
-    return _bands(_Head(title, key), tokens, names, colours, notes)
+    return _bands(title, tokens, names, colours, notes)
 
 
 def text_map(tokens: Sequence[str], chosen_LT: Tensor) -> Tensor:
     """The text itself, each token on a ground that darkens with the layers that computed it."""
-    cell, line = 8, 18
-    per_line = (WIDTH - 2 * _MARGIN) // cell
+    per_line, cell, line = 96, 8, 18
     most = chosen_LT.shape[0]
     counts = chosen_LT.sum(0).tolist()
     least = min(counts)
@@ -218,12 +215,10 @@ def text_map(tokens: Sequence[str], chosen_LT: Tensor) -> Tensor:
             column += 1
             if character == "\n":
                 row, column = row + 1, 0
-    head = _Head(
-        f"layers, of {most}, that computed each token", _Key(_shade, str(least), str(most))
-    )
-    canvas, draw = _page(WIDTH, head.height + line * (row + 1) + _MARGIN)
-    head.draw(draw)
-    top = head.height
+    canvas, draw = _page(2 * _MARGIN + per_line * cell, 3 * _MARGIN + line * (row + 2))
+    title = f"layers that computed each token: {least} (light) to {most} (dark) of {most}"
+    draw.text((_MARGIN, _MARGIN - 2), title, fill=_INK, font=_font())
+    top = 2 * _MARGIN + line
     for row, column, character, part in places:
         x, y = _MARGIN + column * cell, top + row * line
         draw.rectangle((x, y, x + cell - 1, y + line - 3), fill=_shade(part))
@@ -239,26 +234,22 @@ def load_map(loads: dict[str, Tensor]) -> Tensor:
         loads: tokens that each expert received, [E], by layer.
     """
     units = max(load.shape[0] for load in loads.values())
-    names = short_names(list(loads))
-    left, right = _left_of(names), 7 * len("9.99x, 99 dead") + 10
-    cell = max(2, min(40, (WIDTH - left - right) // units))
-    head = _Head(
-        "load of each expert (across), as a multiple of its layer's mean; crossed: none",
-        _Key(_shade, "0", "the mean", "twice or more"),
-    )
-    width = max(WIDTH, left + cell * units + right)
-    canvas, draw = _page(width, head.height + 22 * len(loads) + _MARGIN)
-    head.draw(draw)
-    for row, (name, load_E) in enumerate(zip(names, loads.values(), strict=True)):
-        y = head.height + 22 * row
+    cell = max(14, min(40, 720 // units))
+    left = _MARGIN + 7 * max(len(name) for name in loads) + 10
+    width = max(left + cell * units + 150, 640)
+    canvas, draw = _page(width, 2 * _MARGIN + 2 * _LINE + 22 * len(loads))
+    title = "load of each expert: 0 (light), mean (amber), twice the mean or more (dark)"
+    draw.text((_MARGIN, _MARGIN - 2), title, fill=_INK, font=_font())
+    for row, (name, load_E) in enumerate(loads.items()):
+        y = _MARGIN + _LINE + 4 + 22 * row
         draw.text((_MARGIN, y + 2), name, fill=_INK, font=_font(11))
         relative = (load_E.double() / load_E.double().mean().clamp(min=1e-9)).tolist()
         for column, value in enumerate(relative):
             x = left + column * cell
             draw.rectangle((x, y, x + cell - 2, y + 19), fill=_shade(min(value / 2, 1.0)))
             if value == 0:
-                draw.line((x, y + 16, x + cell - 2, y + 3), fill=_FAINT)
-        told = f"{max(relative):.2f}x, {sum(v == 0 for v in relative)} dead"
+                draw.line((x + 3, y + 3, x + cell - 5, y + 16), fill=_FAINT)
+        told = f"{max(relative):.2f}x most, {sum(v == 0 for v in relative)} dead"
         draw.text((left + cell * units + 6, y + 2), told, fill=_FAINT, font=_font(11))
     return _tensor(canvas)
 
@@ -319,27 +310,25 @@ def patch_map(chosen_BS: Tensor, grid: tuple[int, int], *, most: int = 8) -> Ten
 
 
 def _bands(
-    head: _Head,
+    title: str,
     tokens: Sequence[str],
     names: Sequence[str],
     colours: Sequence[Sequence[tuple[int, ...]]],
     notes: Sequence[str],
 ) -> Tensor:
     """A cell for each layer and token under the text, broken into bands as lines of text are."""
-    names = short_names(names)
-    left, right = _left_of(names), 4 + 7 * max(len(note) for note in notes)
-    per_band = max(8, (WIDTH - left - right - _MARGIN) // _CELL_WIDTH)
-    count = len(tokens)
+    per_band, count = 72, len(tokens)
     bands = range(0, count, per_band)
+    left = _MARGIN + 7 * max(len(name) for name in names) + 10
     band_height = _LINE + _CELL_HEIGHT * len(names) + 14
-    width = left + _CELL_WIDTH * per_band + right + _MARGIN
-    canvas, draw = _page(max(width, WIDTH), head.height + band_height * len(bands))
-    head.draw(draw)
+    width = left + _CELL_WIDTH * min(per_band, count) + 56
+    canvas, draw = _page(width, 2 * _MARGIN + _LINE + band_height * len(bands))
+    draw.text((_MARGIN, _MARGIN - 2), title, fill=_INK, font=_font())
     for band, start in enumerate(bands):
-        top = head.height + band * band_height
+        top = _MARGIN + _LINE + band * band_height
         for column, token in enumerate(tokens[start : start + per_band]):
             x = left + column * _CELL_WIDTH
-            draw.text((x + 2, top), _symbol(token)[:1], fill=_INK, font=_font())
+            draw.text((x + 2, top), _symbol(token), fill=_INK, font=_font())
         for row, name in enumerate(names):
             y = top + _LINE + row * _CELL_HEIGHT
             draw.text((_MARGIN, y - 1), name, fill=_INK, font=_font(11))

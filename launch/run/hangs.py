@@ -105,9 +105,15 @@ def _stacks(output: Path, marks: dict[int, Mark]) -> dict[int, str]:
 
 
 def _main_thread(stack: str) -> str:
-    """The thread that computes: signals are handled by the first one."""
-    _, _, rest = stack.partition("Current thread")
-    return "\n".join(line for line in rest.split("\n\n")[0].splitlines()[1:] if line.strip())
+    """The thread that computes: the process's first, which is written last.
+
+    Which thread is "current" depends on which one the system gave the signal to, and may be none
+    that Python knows.
+    """
+    threads = [part for part in stack.split("\n\n") if "hread 0x" in part]
+    return (
+        "\n".join(line for line in threads[-1].splitlines()[1:] if line.strip()) if threads else ""
+    )
 
 
 def _collective(stack: str) -> str | None:

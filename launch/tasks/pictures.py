@@ -79,6 +79,9 @@ def routing_pictures(
     if any(found.dim() == 1 for found in chosen):
         names, routed, chosen_LT = chosen_by_layer(records, num_layers)
         chosen_LT = chosen_LT[:, :LONGEST]
+        # Where tokens lie over ranks, this one knows of its own alone.
+        if chosen_LT.shape[1] != len(shown):
+            return pictures
         pictures["tokens_over_depth"] = depth_map(shown, names, routed, chosen_LT)
         pictures["layers_of_text"] = text_map(shown, chosen_LT)
     if any(found.dim() == 2 and found.shape[0] == len(texts) for found in chosen):

@@ -141,7 +141,9 @@ def test_what_is_killed_leaves_the_loss_curve_as_it_would_have_been(
     said = interrupted(tree, folder, step, lambda started: started.rank(0).kill())
     assert re.search(r"error: rank 0 \(process \d+\) was killed, or ended without a word, at", said)
     assert "Traceback" not in said
-    assert "in all_reduce" in (folder / "killed" / "errors" / "rank-1.txt").read_text()
+    # Which collective it was in depends on the moment.
+    left = (folder / "killed" / "errors" / "rank-1.txt").read_text()
+    assert "(a collective with a rank that was gone)\nTraceback" in left
     reached = newest_intact(folder / "killed" / "checkpoints")
     assert reached is not None
     assert 10 <= read_state(reached).step < STEPS
@@ -175,7 +177,7 @@ def test_the_rank_at_fault_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("FAILS")
     said = interrupted(tree, folder, 50, lambda started: started.rank(1).suspend())
     assert "for train.hang_seconds=8: hanging: rank 1" in said
-    assert re.search(r"rank 0: step 5\d, .*, waits in \w+\n", said)
+    assert re.search(r"rank 0: step 5\d, .*, waits in [\w ]+\n", said)
     assert re.search(r"rank 1: step 5\d, .*, is stopped \(SIGSTOP\)\n", said)
     assert re.search(r'File ".*", line \d+ in main', said)
     assert all((errors / f"rank-{rank}.txt").read_text().count("in step") for rank in (0, 1))

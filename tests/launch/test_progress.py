@@ -74,7 +74,8 @@ def test_what_takes_long_is_said_and_what_is_quick_is_not(
 def test_the_last_lines_are_commands_whatever_the_folder_is_called(task: type) -> None:
     run = Path("my runs/it's one")
     checkpoint = run / "checkpoints" / "step-00000006"
-    generate = task.generation_command(None, checkpoint)
+    this = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(conversations=None)))
+    generate = task.generation_command(this, checkpoint)
     lines = final_summary(
         checkpoint=checkpoint, output=run, tensorboard=True, generate=generate, seconds=1.0
     ).splitlines()

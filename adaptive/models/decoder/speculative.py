@@ -196,7 +196,7 @@ def _propose(
         ]
         if not going:
             break
-        probability_GV = sampling.probabilities(logits_GV[going])
+        probability_GV = sampling.probabilities(logits_GV[_rows(going, logits_GV)])
         drawn = torch.multinomial(probability_GV, 1, generator=generator).squeeze(1).tolist()
         drafting = [drafting[place] for place in going]
         for index, token, probability_V in zip(drafting, drawn, probability_GV, strict=True):
@@ -217,15 +217,15 @@ def _chain(
     starts = torch.tensor([0, *wanted]).cumsum(0).tolist()
     drafted = [token for tokens in proposal.tokens for token in tokens]
     taken: list[bool] = []
-    next_BV = q_TV[[starts[index + 1] - 1 for index in going]]
+    next_BV = q_TV[_rows([starts[index + 1] - 1 for index in going], q_TV)]
     kept = [len(proposal.tokens[index]) for index in going]
     if drafted:
         places = [
             starts[index] + place for index in going for place in range(len(proposal.tokens[index]))
         ]
         p_NV = torch.stack([p for row in proposal.probabilities for p in row]).double()
-        q_NV = q_TV[places]
-        token_N1 = torch.tensor(drafted).to(q_TV.device)[:, None]
+        q_NV = q_TV[_rows(places, q_TV)]
+        token_N1 = _rows(drafted, q_TV)[:, None]
         p_N, q_N = (x.gather(1, token_N1).squeeze(1) for x in (p_NV, q_NV))
         uniform_N = torch.rand(
             len(drafted), dtype=q_TV.dtype, device=q_TV.device, generator=generator
@@ -241,6 +241,13 @@ def _chain(
                 first.append(begin + kept[row])
             begin += count
         if rejected:
-            next_BV[rejected] = chain(p_NV[first], q_NV[first]).residual
+            first_R = _rows(first, q_NV)
+            residual_RV = chain(p_NV[first_R], q_NV[first_R]).residual
+            next_BV.index_copy_(0, _rows(rejected, q_NV), residual_RV)
     last = torch.multinomial(next_BV, 1, generator=generator).squeeze(1).tolist()
     return kept, last
+
+
+def _rows(numbers: Sequence[int], like: Tensor) -> Tensor:
+    """int64 numbers where `like` is: a list as an index would be copied to a device, and wait."""
+    return torch.tensor(numbers, dtype=torch.int64).to(like.device)
