@@ -173,6 +173,7 @@ class Attention(nn.Module):
         # Heads of this rank: the projections are split by whole heads.
         self.heads, self.kv_heads = num_heads // mesh.tensor, num_kv_heads // mesh.tensor
         check_heads(self.heads, mesh)
+        self.ring = mesh.ring
         self.query = make_input(dim, num_heads * self.head_dim)
         self.key = make_input(dim, num_kv_heads * self.head_dim)
         self.value = make_input(dim, num_kv_heads * self.head_dim)
@@ -208,7 +209,7 @@ class Attention(nn.Module):
         k_TGh, v_TGh = (x.unflatten(-1, (self.kv_heads, self.head_dim)) for x in (k, v))
         if self.query_norm is not None and self.key_norm is not None:
             q_RHh, k_TGh = self.query_norm(q_RHh), self.key_norm(k_TGh)
-        if self.mesh.ring:
+        if self.ring:
             if cache is not None:
                 raise ValueError(
                     "context_attention=ring: cannot generate with a cache; use ulysses, or one rank"
