@@ -180,7 +180,7 @@ def test_the_rank_at_fault_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert re.search(r"rank 0: step (49|5\d), .*, waits in [\w ]+\n", said)
     assert re.search(r"rank 1: step (49|5\d), .*, is stopped \(SIGSTOP\)\n", said)
     assert re.search(r'File ".*", line \d+ in main', said)
-    assert all((errors / f"rank-{rank}.txt").read_text().count("in step") for rank in (0, 1))
+    assert all((errors / f"rank-{rank}.txt").read_text().count("in _run_phase") for rank in (0, 1))
 
 
 @pytest.mark.timeout(240)
