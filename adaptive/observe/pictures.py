@@ -1,8 +1,8 @@
 """Pictures of routing: which tokens each layer computed, and how experts share the work.
 
-Every function returns uint8 [height, width, 3], what `MetricLog.image` writes, as wide as
-TensorBoard shows a picture (`WIDTH`), so that a thumbnail is the picture itself. Drawing needs
-Pillow, which TensorBoard brings.
+Every function returns uint8 [height, width, 3], what `MetricLog.image` writes. Those of
+layers over steps are as wide as TensorBoard's thumbnails (`WIDTH`). Drawing needs Pillow, which
+TensorBoard brings.
 
 Shape legend: L layers, T tokens, E experts, B images, S patches.
 """
@@ -56,24 +56,10 @@ class _Key:
             draw.text((left, top), word, fill=_INK, font=_font(11))
 
 
-class _Squares:
-    """A key of colours that are no scale: a square and a word for each."""
-
-    def __init__(self, *pairs: tuple[tuple[int, ...], str]) -> None:
-        self._pairs = pairs
-
-    def draw(self, draw: Any, top: int) -> None:
-        x = float(_MARGIN)
-        for colour, word in self._pairs:
-            draw.rectangle((x, top + 4, x + 11, top + 15), fill=colour)
-            draw.text((x + 15, top + 2), word, fill=_INK, font=_font(11))
-            x += 15 + 6.6 * len(word) + 12
-
-
 class _Head:
     """A title of as many lines as it needs, and the key under it."""
 
-    def __init__(self, title: str, key: _Key | _Squares) -> None:
+    def __init__(self, title: str, key: _Key) -> None:
         self._lines, self._key = textwrap.wrap(title, 46), key
         self.height = _MARGIN + _LINE * len(self._lines) + 30
 
