@@ -37,19 +37,24 @@ def report(error: BaseException, *, output: Path, rank: int, mark: Mark) -> None
     text = "".join(traceback.format_exception(error))
     head = f"rank {rank}, step {mark.step}, {mark.at}{PEER if peer else ''}\n"
     path = error_file(output, rank)
+    if (
+        not peer
+    ):  # before the file: once it is there other ranks end, and the launcher ends this one
+        _say(f"{head}{text}")
     try:
         path.parent.mkdir(exist_ok=True)
         path.write_text(head + text, encoding="utf-8")
     except OSError as problem:  # perhaps it is the full disk that is to be told
-        print(f"{path}: {problem.strerror}", file=sys.stderr, flush=True)
-    if not peer:
-        said = f"{head}{text}"
-    else:
+        _say(f"{path}: {problem.strerror}\n")
+    if peer:
         others = _others(output, rank)
         why = f"rank {others[0]} failed" if others else "another rank did"
-        said = f"rank {rank}: ends because {why}; its own traceback is in {path}\n"
+        _say(f"rank {rank}: ends because {why}; its own traceback is in {path}\n")
+
+
+def _say(text: str) -> None:
     # One write: lines of several ranks do not mix.
-    sys.stderr.write(said)
+    sys.stderr.write(text)
     sys.stderr.flush()
 
 

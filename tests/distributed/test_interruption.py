@@ -20,13 +20,15 @@ import yaml
 from adaptive.observe.metric_log import read_metrics
 from launch.checkpoint.files import find_checkpoint, load_model, read_state
 from launch.run.config import from_mapping
+from launch.run.sections import RunConfig
 from launch.run.training import run
+from launch.run.trust import trust
 from parallel.checkpoint import newest_intact
-from tests.distributed.failing import ROW
 from tests.distributed.runs import make_loop, tiny_config, train_few, write_text
 from tests.ranks import run_ranks
 
-STEPS = 60
+STEPS, EVERY = 24, 4
+TASK = "tests.distributed.failing:FailingTask"
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def configured(tree: dict[str, Any]) -> RunConfig:
+    trust([TASK])
+    return from_mapping(tree)
+
+
 def run_tree(tree: dict[str, Any]) -> None:
-    run(from_mapping(tree))
+    run(configured(tree))
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -48,9 +55,10 @@ def losses(output: Path) -> dict[int, float]:
 def long_run(folder: Path, name: str, **train: Any) -> dict[str, Any]:
     return tiny_config(
         folder,
+        task=TASK,
         output=str(folder / name),
         train={"steps": STEPS, "log_every": 1, **train},
-        checkpoint={"every": 10, "keep": 3},
+        checkpoint={"every": EVERY, "keep": 3},
         monitor={"every": 1},
         deepspeed={"zero_optimization": {"stage": 1}},
     )
@@ -66,13 +74,28 @@ def undisturbed(folder: Path) -> dict[int, float]:
 
 
 class Started:
-    """A run that `launch.start` has started, and a way to see how far it is."""
+    """A run that `launch.start` has started, and a way to see how far it is.
 
-    def __init__(self, tree: dict[str, Any], folder: Path) -> None:
+    Args:
+        holds: rank that waits once so many steps are done: what follows is no race.
+        fails: rank that fails there.
+    """
+
+    def __init__(
+        self,
+        tree: dict[str, Any],
+        folder: Path,
+        *,
+        holds: tuple[int, int] | None = None,
+        fails: tuple[int, int] | None = None,
+    ) -> None:
         recipe = folder / f"{Path(tree['output']).name}.yaml"
         recipe.write_text(yaml.safe_dump(tree))
         command = [sys.executable, "-m", "launch.start", "--ranks", "2", "--config", str(recipe)]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        for name, at in (("HOLDS", holds), ("FAILS", fails)):
+            if at is not None:
+                environment[name] = f"{at[0]}:{first_row(*at)}"
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -113,22 +136,30 @@ class Started:
             self.process.wait()
 
 
+def first_row(rank: int, steps: int) -> int:
+    """The first row of a rank's part of the batch that follows so many steps."""
+    return 8 * steps + 4 * rank
+
+
 def interrupted(
-    tree: dict[str, Any], folder: Path, step: int, interrupt: Callable[[Started], None]
-) -> str:
-    """A run that something ends after a step: not with exit code 0, and nothing is left of it."""
-    started = Started(tree, folder)
+    tree: dict[str, Any],
+    folder: Path,
+    interrupt: Callable[[Started], None],
+    **at: tuple[int, int],
+) -> tuple[int, str]:
+    """Exit code and words of a run that something ends after a step; nothing is left of it."""
+    started = Started(tree, folder, **at)
+    ((_, step),) = at.values()
     try:
-        started.wait_for(f"step {step}/{STEPS}")
+        started.wait_for(f"step {step:>2}/{STEPS}")
         everyone = started.descendants()
         interrupt(started)
         code, said = started.end()
     finally:
         started.close()
-    assert code not in (0, 2), said
     _, alive = psutil.wait_procs(everyone, timeout=10)
     assert not alive
-    return said
+    return code, said
 
 
 @pytest.mark.timeout(300)
@@ -137,20 +168,36 @@ def test_what_is_killed_leaves_the_loss_curve_as_it_would_have_been(
 ) -> None:
     """Rank 0 writes the log: no step of it is missing and none is there twice."""
     tree = long_run(folder, "killed")
-    step = random.SystemRandom().randint(12, STEPS // 2)
-    said = interrupted(tree, folder, step, lambda started: started.rank(0).kill())
-    assert re.search(r"error: rank 0 \(process \d+\) was killed, or ended without a word, at", said)
+    checkpoints = folder / "killed" / "checkpoints"
+    step = random.SystemRandom().randint(EVERY + 1, 11)
+    code, said = interrupted(tree, folder, lambda run: run.rank(0).kill(), holds=(0, step))
+    assert code not in (0, 2), said
+    killed = rf"error: rank 0 \(process \d+\) was killed, or ended without a word, at step {step} "
+    assert re.search(killed, said), said
     assert "Traceback" not in said
-    # Which collective it was in depends on the moment.
     left = (folder / "killed" / "errors" / "rank-1.txt").read_text()
     assert "(a collective with a rank that was gone)\nTraceback" in left
-    reached = newest_intact(folder / "killed" / "checkpoints")
+    assert "all_reduce" in left
+    reached = newest_intact(checkpoints)
     assert reached is not None
-    assert 10 <= read_state(reached).step < STEPS
+    assert read_state(reached).step == step // EVERY * EVERY
 
     # DeepSpeed's own exit code would be 0.
-    said = interrupted(tree, folder, STEPS - 20, lambda started: started.launcher().kill())
+    code, said = interrupted(tree, folder, lambda run: run.launcher().kill(), holds=(0, 14))
+    assert code not in (0, 2), said
     assert "error: the launcher of the ranks ended before the run did" in said
+
+    # Asked to end: it saves where it is, and nothing is wrong.
+    def ask(run: Started) -> None:
+        run.process.send_signal(signal.SIGTERM)
+
+    code, said = interrupted(tree, folder, ask, holds=(0, 18))
+    assert code == 0, said
+    assert "as asked" in said
+    reached = newest_intact(checkpoints)
+    assert reached is not None
+    assert read_state(reached).step in (18, 19)
+
     run_ranks(run_tree, 2, tree, timeout=120)
     # Not one digit differs: the same operations in the same order.
     lines = read_metrics(folder / "killed" / "metrics.jsonl")
@@ -160,46 +207,26 @@ def test_what_is_killed_leaves_the_loss_curve_as_it_would_have_been(
 
 
 @pytest.mark.timeout(300)
-def test_the_rank_at_fault_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = long_run(folder, "faulty", hang_seconds=8.0)
-    tree["task"] = "tests.distributed.failing:FailingTask"
+def test_the_rank_at_fault_is_named(folder: Path) -> None:
+    tree = long_run(folder, "faulty", hang_seconds=6.0)
     errors = folder / "faulty" / "errors"
-    monkeypatch.setenv("FAILS", "yes")
-    said = interrupted(tree, folder, 40, lambda _: None)
+    code, said = interrupted(tree, folder, lambda _: None, fails=(1, 6))
+    assert code not in (0, 2), said
     # Of rank 1 alone: rank 0's collective broke when rank 1 was gone.
     assert said.count("Traceback") == 1
-    assert "rank 1, step 45, batch\nTraceback" in said
-    assert f"ValueError: row {ROW} has no text" in said
-    assert f"error: rank 1 failed first, at step 45; tracebacks of the ranks: {errors}" in said
+    assert "rank 1, step 6, batch\nTraceback" in said
+    assert f"ValueError: row {first_row(1, 6)} has no text" in said
+    assert f"error: rank 1 failed first, at step 6; tracebacks of the ranks: {errors}" in said
     assert "ValueError" in (errors / "rank-1.txt").read_text()
     assert "a collective with a rank that was gone" in (errors / "rank-0.txt").read_text()
 
-    monkeypatch.delenv("FAILS")
-    said = interrupted(tree, folder, 50, lambda started: started.rank(1).suspend())
-    assert "for train.hang_seconds=8: hanging: rank 1" in said
-    assert re.search(r"rank 0: step (49|5\d), .*, waits in [\w ]+\n", said)
-    assert re.search(r"rank 1: step (49|5\d), .*, is stopped \(SIGSTOP\)\n", said)
+    code, said = interrupted(tree, folder, lambda run: run.rank(1).suspend(), holds=(1, 9))
+    assert code not in (0, 2), said
+    assert "for train.hang_seconds=6: hanging: rank 1" in said
+    assert re.search(r"rank 0: step 9, .*, waits in all_reduce\n", said), said
+    assert re.search(r"rank 1: step 9, batch .*, is stopped \(SIGSTOP\)\n", said), said
     assert re.search(r'File ".*", line \d+ in main', said)
-    assert all((errors / f"rank-{rank}.txt").read_text().count("in _run_phase") for rank in (0, 1))
-
-
-@pytest.mark.timeout(240)
-def test_a_run_asked_to_end_saves_and_exits_0(folder: Path, undisturbed: dict[int, float]) -> None:
-    tree = long_run(folder, "stopped")
-    tree["checkpoint"] = {"every": 0}
-    started = Started(tree, folder)
-    try:
-        started.wait_for(f"step 10/{STEPS}")
-        started.process.send_signal(signal.SIGTERM)
-        code, printed = started.end()
-    finally:
-        started.close()
-    assert code == 0, printed
-    assert "as asked" in printed
-    saved = read_state(find_checkpoint(folder / "stopped"))
-    assert 10 <= saved.step < STEPS
-    curve = losses(folder / "stopped")
-    assert curve == {step: undisturbed[step] for step in range(1, saved.step + 1)}
+    assert all((errors / f"rank-{rank}.txt").read_text().count("in step") for rank in (0, 1))
 
 
 def resume_and_list(tree: dict[str, Any]) -> tuple[list[str], dict[int, float]]:
@@ -207,7 +234,7 @@ def resume_and_list(tree: dict[str, Any]) -> tuple[list[str], dict[int, float]]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(from_mapping(tree))
+        run(configured(tree))
     return [str(w.message) for w in caught], losses(Path(tree["output"]))
 
 
@@ -215,25 +242,25 @@ def test_a_truncated_newest_checkpoint_is_skipped_with_a_warning(
     folder: Path, undisturbed: dict[int, float]
 ) -> None:
     tree = long_run(folder, "truncated")
-    run_ranks(run_part, 2, tree, 20, timeout=120)
+    run_ranks(run_part, 2, tree, 2 * EVERY, timeout=120)
     root = folder / "truncated" / "checkpoints"
     newest = newest_intact(root)
     assert newest is not None
-    assert read_state(newest).step == 20
+    assert read_state(newest).step == 2 * EVERY
     shard = next((newest / "engine").glob("*optim_states.pt"))
     os.truncate(shard, shard.stat().st_size // 2)
     results = run_ranks(resume_and_list, 2, tree, timeout=120)
-    assert any("step-00000020" in w and "bytes" in w for w in results[0][0])
-    # Step 20 was lost with its checkpoint: the run went on from step 10.
-    assert results[0][1] == {step: undisturbed[step] for step in range(11, STEPS + 1)}
+    assert any(f"step-{2 * EVERY:08}" in w and "bytes" in w for w in results[0][0])
+    # It went on from the checkpoint before.
+    assert results[0][1] == {step: undisturbed[step] for step in range(EVERY + 1, STEPS + 1)}
 
 
 def run_part(tree: dict[str, Any], steps: int) -> None:
-    """Train `steps` steps of a longer run, saving every 10."""
-    loop = make_loop(from_mapping(tree))
+    """Train `steps` steps of a longer run, saving as often as it would."""
+    loop = make_loop(configured(tree))
     for number in range(1, steps + 1):
         loop.step()
-        if number % 10 == 0:
+        if number % EVERY == 0:
             loop.save()
     loop.engine.close()
 
