@@ -15,8 +15,9 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,20 @@ def _serving(op: str, wanted: str, example: Tensor) -> list[Implementation]:
         raise ValueError(f"ADAPTIVE_BACKEND={wanted}: must be one of {', '.join(BACKENDS)}")
     candidates = [i for i in reversed(_REGISTRY[op]) if not wanted or i.name == wanted]
     return [i for i in candidates if i.refuses(example) is None]
+
+
+@contextmanager
+def called_through(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Call what is registered by now as `wrap(op, function)` meanwhile."""
+    before = {op: list(implementations) for op, implementations in _REGISTRY.items()}
+    for op, implementations in before.items():
+        _REGISTRY[op] = [replace(i, function=wrap(op, i.function)) for i in implementations]
+    _SERVING.clear()
+    try:
+        yield
+    finally:
+        _REGISTRY.update(before)
+        _SERVING.clear()
 
 
 def explain(op: str, example: Tensor) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive.observe.regions import region
 from launch.checkpoint.engine_files import only_data, problem_with_shard
 from launch.checkpoint.files import OPTIMIZER, save_tensors
 from launch.checkpoint.shards import MOMENTS, TAG, link_moments, set_whole, write_errors_last
@@ -121,18 +122,21 @@ class Engine:
         self, batch: Batch, function: Callable[[nn.Module, Batch], Any] | None = None
     ) -> Any:
         """`function(model, batch)`, by default the task's loss; moves the batch to the device."""
-        moved = self._task.on_device(batch, self.device)
-        return self._engine(moved, function=function)
+        with region("forward"):
+            moved = self._task.on_device(batch, self.device)
+            return self._engine(moved, function=function)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of `loss`, which the engine averages over replicas."""
-        self._engine.backward(loss)
+        with region("backward"):
+            self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> None:
         """To be called after every backward; takes an optimizer step after the last of a batch."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._engine.step()
+        with region("step"):
+            self._engine.step()
         # Not after the first step: fp16 skips steps that overflow, and leaves no moments then.
         if not self._linked and self.keeps_moments:
             link_moments(self._engine)

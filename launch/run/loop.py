@@ -17,6 +17,7 @@ from torch import Tensor
 from adaptive.blocks.calibration import calibrate
 from adaptive.flops import executed_flops, nominal_flops
 from adaptive.observe.monitor import Monitor
+from adaptive.observe.regions import region
 from adaptive.routing.schedules import start_step
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import RoutingRecord, RoutingTape
@@ -125,7 +126,8 @@ class Loop:
         tokens, targets = self.task.tokens(rows), self.task.targets(rows)
         start_step(engine.model, number)
         scope = BatchScope.of(mesh, tokens, micro_batches=engine.accumulation)
-        parts = self._ahead.take(rows)
+        with region("data"):
+            parts = self._ahead.take(rows)
         if len(parts) > 1 and self._takes_census:
             self._take_census(parts, scope)
         # loss, executed and nominal operations, stop: one collective for all of them.
@@ -141,11 +143,12 @@ class Loop:
             engine.backward(loss_sum * (engine.replicas / targets) + tape.loss())
             self._begin("optimizer step")
             engine.step(learning_rate_at(number, train))
-            if self.monitor is not None:
-                self.monitor.observe(tape)
-            records = tape.records
-            sums[0] += loss_sum.detach()
-            self._count_operations(sums, records, batch)
+            with region("monitor"):
+                if self.monitor is not None:
+                    self.monitor.observe(tape)
+                records = tape.records
+                sums[0] += loss_sum.detach()
+                self._count_operations(sums, records, batch)
         self._takes_census = scope.totals > 0
         sums[3] = float(self.stop.asked)
         _sum_over(sums, mesh)
