@@ -78,6 +78,8 @@ class Engine:
         self.audit = audit_groups(objective.model, groups)
         settings = engine_settings(config, mesh.data, replicas=mesh.replicas)
         stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+        if stage:
+            fit_bucket(settings["zero_optimization"], objective)
         declare_experts(objective, mesh, zero_stage=stage)
         groups = expert_groups(groups)
         optimizer = None
@@ -373,4 +375,18 @@ def engine_settings(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return {**defaults, **given, **derived}
+    settings = {**defaults, **given, **derived}
+    if "zero_optimization" in settings:
+        settings["zero_optimization"] = dict(settings["zero_optimization"])
+    return settings
+
+
+def fit_bucket(zero: dict[str, Any], model: nn.Module) -> None:
+    """Make the bucket of gradients no larger than all of them, unless its size is given.
+
+    DeepSpeed allocates its 5e8 numbers anew in every step, and a system gives them page by page:
+    a seventh of a small model's step on a CPU, and 2 GB of a GPU.
+    """
+    if "reduce_bucket_size" not in zero:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        zero["reduce_bucket_size"] = min(max(trained, 1), int(5e8))

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+from launch.run.config import from_mapping
 from launch.run.deepspeed_section import check_deepspeed
+from launch.run.engine import engine_settings, fit_bucket
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "deepspeed").glob("*.json"))
 
@@ -95,3 +98,18 @@ def test_optimizers_of_deepspeed_and_torch_are_accepted(name: str) -> None:
 def test_what_only_other_keys_make_valid_is_accepted() -> None:
     half = {"enabled": True, "bf16_master_weights_and_grads": True}
     check_deepspeed({"bf16": half, "zero_optimization": {"stage": 2}})
+
+
+def test_a_bucket_of_gradients_is_no_larger_than_all_of_them() -> None:
+    model = nn.Linear(3, 4)
+    zero: dict[str, object] = {"stage": 1}
+    fit_bucket(zero, model)
+    assert zero["reduce_bucket_size"] == 16
+    zero = {"stage": 1, "reduce_bucket_size": 7}
+    fit_bucket(zero, model)
+    assert zero["reduce_bucket_size"] == 7
+    # What a run's configuration says is not changed by the engine.
+    given = {"zero_optimization": {"stage": 1}}
+    config = from_mapping({"deepspeed": given})
+    engine_settings(config, 1)["zero_optimization"]["stage"] = 2
+    assert config.deepspeed == {"zero_optimization": {"stage": 1}}
