@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import RoutingTape
+from launch.run.builds import build_no_collectives
 from launch.run.experts import count_every_expert_once, declare_experts, expert_groups
 from launch.run.sections import RunConfig
 from launch.run.zero import check_zero
@@ -37,6 +38,7 @@ class DeepSpeedTrainer:
         import deepspeed
 
         check_zero(zero_stage, tensor=mesh.tensor, expert=mesh.expert)
+        build_no_collectives()
         self.model, self.mesh, self.stage = model, mesh, zero_stage
         self._norm = float("nan")
         declare_experts(model, mesh, zero_stage=zero_stage)

@@ -10,6 +10,8 @@ import types
 import torch
 import torch.distributed as dist
 
+from launch.run.builds import build_no_collectives
+
 
 def join_ranks() -> torch.device:
     """Join the process group that the launcher prepared; returns this rank's device.
@@ -23,10 +25,8 @@ def join_ranks() -> torch.device:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
     import deepspeed
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    # It needs a compiler and a minute to build, and gains nothing at this project's CPU sizes.
-    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    build_no_collectives()
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
