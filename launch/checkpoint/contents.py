@@ -57,13 +57,18 @@ def read_state(folder: Path) -> RunState:
     content = read_json(folder / STATE)
     if not isinstance(content, dict):
         raise ValueError("must be a mapping")
-    for field in dataclasses.fields(RunState):
-        value = content.get(field.name, field.default)
+    fields = dataclasses.fields(RunState)
+    # Every version has written all of them.
+    missing = [field.name for field in fields if field.name not in content]
+    if missing:
+        raise ValueError(f"{missing[0]}: is missing")
+    for field in fields:
+        value = content[field.name]
         whole = isinstance(value, int) and not isinstance(value, bool)
         fits = whole or (isinstance(value, float) and isinstance(field.default, float))
         if not fits or not 0 <= value < float("inf"):
             raise ValueError(f"{field.name}={value!r}: must be a count")
-    foreign = set(content) - {field.name for field in dataclasses.fields(RunState)}
+    foreign = set(content) - {field.name for field in fields}
     if foreign:
         raise ValueError(f"{min(foreign)}: is not of this version")
     return RunState(**content)

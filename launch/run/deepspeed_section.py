@@ -69,8 +69,10 @@ def _check_served(section: Mapping[str, Any]) -> None:
                 "rate alone; section monitor writes OUTPUT/metrics.jsonl and TensorBoard, and "
                 "monitor.sinks=[deepspeed] its tensorboard and csv_monitor"
             )
-    if _enabled(section, "fp16") and not get_accelerator().is_fp16_supported():
-        device = get_accelerator().device_name()
+    # Some processors multiply in fp16; which of them, a recipe does not tell.
+    device = get_accelerator().device_name()
+    refused = device == "cpu" or not get_accelerator().is_fp16_supported()
+    if refused and _enabled(section, "fp16"):
         raise BadInput(
             f"deepspeed.fp16.enabled=True: needs another device than this {device}; take bf16"
         )

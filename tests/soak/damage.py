@@ -148,6 +148,7 @@ def _later_state(folder: Path, chance: random.Random) -> str:
             {**state, "of_a_later_version": 1},
             {**state, "rows": -1},
             {**state, "step": "x"},
+            {"step": state["step"]},
             [],
             None,
         ]
