@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from launch.run.errors import BadInput, program
+from launch.run.starting import begin
 
 FOLDER = Path(__file__).parent
 # launch/train.py is one rank; launch/start.py is what a user calls training.
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     # As `python -m` has it: tasks of one's own are found in the folder where one stands.
     sys.path.insert(0, os.getcwd())
     sys.argv = words
+    begin(found[words[0]][0], words)
     runpy.run_module(f"launch.{found[words[0]][0]}", run_name="__main__", alter_sys=True)
     return 0
 

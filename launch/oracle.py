@@ -19,6 +19,7 @@ from adaptive.models.decoder.oracle import Found, OracleReport, search
 from launch.checkpoint.models import add_checkpoint, load_decoder
 from launch.run.errors import BadInput, OneLineParser, as_bad_input, program
 from launch.run.options import check_counts
+from launch.run.terminal import announced
 from launch.run.writable import check_file
 from launch.tasks import Batch
 
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     positions = learnt[-options.tokens :]
     if not positions:
         raise BadInput(f"--row={options.row}: holds nothing that is learnt: give another row")
-    with as_bad_input(options.checkpoint):
+    with as_bad_input(options.checkpoint), announced("searching paths"):
         report = search(
             saved.model,
             ids_S,

@@ -14,6 +14,8 @@ from launch.run.options import (
     refuse_empty_values,
 )
 from launch.run.parity import RecipeSubject, deepspeed_trainer
+from launch.run.terminal import announced
+from launch.run.trust import add_trust_option
 from launch.run.zero import check_zero
 from launch.tasks.registry import task_class
 from parallel.checks.faults import FAULTS
@@ -50,19 +52,19 @@ def main(arguments: list[str] | None = None) -> int:
         for mesh in meshes:
             axes = {axis: int(mesh.get(axis, 1)) for axis in ("tensor", "expert")}
             check_zero(options.zero, **axes)
+    trainer = PlainTrainer if options.zero is None else deepspeed_trainer(options.zero)
     try:
-        reports = check_parity(
-            subject,
-            meshes,
-            settings,
-            tolerance=options.tolerance,
-            make_trainer=(
-                PlainTrainer if options.zero is None else deepspeed_trainer(options.zero)
-            ),
-            fault=None if options.fault is None else FAULTS[options.fault],
-            cuda=options.cuda,
-            timeout=options.timeout,
-        )
+        with announced("training on one rank and on the meshes"):
+            reports = check_parity(
+                subject,
+                meshes,
+                settings,
+                tolerance=options.tolerance,
+                make_trainer=trainer,
+                fault=None if options.fault is None else FAULTS[options.fault],
+                cuda=options.cuda,
+                timeout=options.timeout,
+            )
     except ValueError as error:
         raise BadInput(str(error)) from None
     for report in reports:
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "gradient norm, the clipped update, the weights.",
         epilog=_EPILOG,
     )
+    add_trust_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="YAML", help="a file, or a recipe's name")
     what.add_argument("--subject", metavar="MODULE:FUNCTION", help="a model of your own")

@@ -11,6 +11,7 @@ from launch.planning.probe import machine_of
 from launch.run.config import load_config
 from launch.run.errors import BadInput, OneLineParser, program
 from launch.run.options import check_counts, check_positive, parse_mesh, refuse_empty_values
+from launch.run.trust import add_trust_option
 
 _EPILOG = """\
 Memory: weights, gradients and Adam's moments as the ZeRO stage shards them, and the activations
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", required=True, metavar="YAML", help="a file, or a recipe's name"
     )
+    add_trust_option(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the recipe")
     parser.add_argument("--gpus", type=int, required=True, help="ranks")
     parser.add_argument("--meshes", nargs="+", metavar="MESH", help="only these")

@@ -26,6 +26,7 @@ from launch.generation.images import (
 from launch.generation.quality import FEATURES, Judge
 from launch.run.errors import BadInput, OneLineParser, program
 from launch.run.options import check_counts, check_seed
+from launch.run.terminal import announced
 from launch.run.writable import check_file
 
 
@@ -35,7 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     model, run = load_diffusion(options.checkpoint, weights=options.weights)
     data = ImageData(run.data, run.model)
-    judge = Judge(data, num_classes=run.model.num_classes)
+    with announced("training the classifier on real images"):
+        judge = Judge(data, num_classes=run.model.num_classes)
     rows = [{"guidance": "real images", **judge.of_real_images()}]
     guided = [options.guidance] if options.guidance else ["path_drop", "classifier_free"]
     for guidance in guided:

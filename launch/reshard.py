@@ -17,6 +17,7 @@ from launch.run.config import ParallelConfig
 from launch.run.errors import BadInput, OneLineParser, program
 from launch.run.options import parse_mesh
 from launch.run.sections import RunConfig
+from launch.run.terminal import announced
 from launch.run.trust import add_trust_option
 from launch.run.writable import check_folder
 from launch.run.zero import check_zero
@@ -95,7 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
     check_folder("--output", options.output)
     source = find_checkpoint(options.checkpoint)
     written, whole = reshard(source, Path(options.output))
-    different = "" if mesh is None else verify(written, whole, mesh, options.zero)
+    different = ""
+    if mesh is not None:
+        with announced(f"loading it on {options.to}"):
+            different = verify(written, whole, mesh, options.zero)
     if different:
         print(f"{written}: {different} differs after loading on {options.to}")
         return 1

@@ -11,7 +11,7 @@ It exits 0 when the run finished, or stopped as asked, and says what happened ot
 from __future__ import annotations
 
 import shlex
-import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +28,8 @@ from launch.run.launcher import (
     plan,
 )
 from launch.run.preflight import check_run
-from launch.run.supervisor import REQUESTS, UNBEGUN, Supervised, supervise, uses_cuda
+from launch.run.starting import end_when_asked
+from launch.run.supervisor import Supervised, supervise, uses_cuda
 
 
 @program
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     if parsed.options.dry_run:
         print(plan(parsed, ranks=ranks))
         return 0
+    print(f"starting {ranks} ranks: a launcher, then each of them, imports torch …", flush=True)
     hostfile = parsed.options.hostfile
     run = Supervised(
         output=Path(parsed.config.output),
@@ -52,14 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     return supervise(command, run)
 
 
-def _end_at_once(*_: object) -> None:
-    print(UNBEGUN, flush=True)
-    raise SystemExit(0)
-
-
 if __name__ == "__main__":
-    # While the checks run; `supervise` takes over.
-    for request in REQUESTS:
-        signal.signal(request, _end_at_once)
+    end_when_asked(sys.exit)  # while the checks run
     stop_with_script()
     main()

@@ -25,6 +25,7 @@ from launch.run.failures import report
 from launch.run.marks import ENDS, FAILED, Marks
 from launch.run.preflight import check_run
 from launch.run.ranks import is_first
+from launch.run.terminal import announced, announcing
 from launch.run.training import run
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,10 +38,12 @@ def main(arguments: list[str] | None = None) -> None:
     with exit_on_bad_input(speak=is_first()):
         config = parse(arguments, program="launch/train.py").config
         # On every rank: they end together, rank 0 says why.
-        check_run(config, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        with announced("checking on the ranks, which import DeepSpeed", speak=is_first()):
+            check_run(config, ranks=int(os.environ.get("WORLD_SIZE", "1")))
         marks = Marks()
         try:
-            run(config, marks)
+            with announcing(is_first()):
+                run(config, marks)
         except (BadInput, Failed):
             raise
         except Exception as error:

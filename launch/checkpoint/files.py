@@ -39,6 +39,7 @@ from launch.checkpoint.state import RunState, WholeState
 from launch.run.config import load_saved, save_resolved
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
+from launch.run.terminal import announced
 from launch.run.writable import follow_umask
 from launch.tasks.registry import make_task
 from parallel.checkpoint import MANIFEST, FailedElsewhere
@@ -63,15 +64,16 @@ def find_checkpoint(path: str | Path, *, checksums: bool = True) -> Path:
         raise BadInput(f"{path}: is a file, must be the folder of a checkpoint or of a run")
     if not path.exists():
         raise BadInput(f"{path}: does not exist")
-    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
-        problem = problem_with_checkpoint(path, checksums=checksums)
-        if problem is not None:
-            raise BadInput(f"{path}: is not an intact checkpoint: {problem}")
-        return path
-    for root in (path / "checkpoints", path):
-        found = newest_checkpoint(root, checksums=checksums)
-        if found is not None:
-            return found
+    with announced(f"checking what {path} holds"):
+        if (path / MANIFEST).is_file() or (path / "state.json").is_file():
+            problem = problem_with_checkpoint(path, checksums=checksums)
+            if problem is not None:
+                raise BadInput(f"{path}: is not an intact checkpoint: {problem}")
+            return path
+        for root in (path / "checkpoints", path):
+            found = newest_checkpoint(root, checksums=checksums)
+            if found is not None:
+                return found
     raise BadInput(f"{path}: holds no intact checkpoint")
 
 
@@ -90,8 +92,9 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None) -> tuple[nn.Module
     """
     folder = find_checkpoint(path)
     config = load_saved(folder)
-    model = make_task(config, mesh=mesh).build_model()
-    load_weights(model, load_file(folder / WEIGHTS), source=folder)
+    with announced(f"reading the model of {folder}"):
+        model = make_task(config, mesh=mesh).build_model()
+        load_weights(model, load_file(folder / WEIGHTS), source=folder)
     return model.eval(), config
 
 
@@ -232,7 +235,8 @@ def read_whole(folder: Path, *, moments: bool = True) -> WholeState:
     if moments and (folder / OPTIMIZER).is_file():
         found = load_file(folder / OPTIMIZER)
     elif moments:
-        found = whole_moments(folder)
+        with announced(f"putting the moments of {folder} together by DeepSpeed"):
+            found = whole_moments(folder)
     parts: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
     for key, tensor in found.items():
         kind, _, name = key.partition("/")

@@ -14,6 +14,7 @@ from adaptive.models.decoder.model import Decoder
 from launch.checkpoint.files import find_checkpoint, load_model
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
+from launch.run.terminal import announced
 from launch.run.trust import add_trust_option
 from launch.tasks import Task
 from launch.tasks.registry import make_task
@@ -90,7 +91,10 @@ def held_out_loss(
     """
     last = task.validation_rows if rows is None else min(rows, task.validation_rows)
     total, count = 0.0, 0
-    with torch.random.fork_rng(devices=[]):
+    with (
+        announced(f"measuring the loss of {last} held-out rows"),
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.manual_seed(0)
         for start in range(0, last, at_once):
             batch = task.validation_batch(range(start, min(start + at_once, last)))

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from launch.run.launcher import TRAIN
 from launch.run.options import refuse_empty_values
 from launch.run.preflight import check_run, meta_model
 from launch.run.sections import RunConfig
+from launch.run.supervisor import Supervised, follow
+from launch.run.terminal import announced
 from launch.run.writable import write_text_whole
 from launch.tasks.registry import make_task
 
@@ -61,7 +64,8 @@ def plan_runs(comparison: Comparison, folder: Path) -> list[Run]:
             every = max(steps // comparison.points, 1)
             words += [f"train.steps={steps}", f"train.evaluate_every={every}"]
             config = load_config(recipe, words)
-            check_run(_beginning(config), ranks=1)
+            with announced(f"checking {arm} seed {seed}"):
+                check_run(_beginning(config), ranks=1)
             runs.append(Run(arm, seed, config, ["--config", str(recipe), *words]))
     return runs
 
@@ -114,7 +118,10 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
     begun = time.perf_counter()
     with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
         command = [sys.executable, str(TRAIN), *run.words]
-        code = children.run(command, env=environment, stdout=log, stderr=log)
+        train = run.config.train
+        watched = Supervised(run.folder, train.hang_seconds, train.stop_seconds)
+        wait = partial(follow, run=watched)
+        code = children.run(command, wait=wait, env=environment, stdout=log, stderr=log)
     seconds = _add_leg(run, time.perf_counter() - begun)
     if code or not _is_complete(run):
         return None

@@ -28,6 +28,7 @@ from launch.checkpoint.models import held_out_loss, training_ids
 from launch.conversions.source import add_source, open_source
 from launch.run.errors import BadInput, as_bad_input
 from launch.run.options import check_counts, check_positive
+from launch.run.terminal import announced
 from launch.tasks import Task
 
 
@@ -60,7 +61,7 @@ def convert(options: argparse.Namespace) -> Path:
     loss = held_out_loss(teacher, task, rows=rows, at_once=1)
     print(f"{'teacher':34s} loss {loss:.4f}", flush=True)
     batches = training_ids(task, options.batch_size)
-    with as_bad_input(source.folder):
+    with as_bad_input(source.folder), announced("cutting feed-forwards into learners"):
         wanted = AdaptiveComputationConfig(num_learners=options.learners, budget=options.budget)
         student = cut(teacher, wanted, list(islice(batches, 4)))
     print_losses_by_learners(student, task, rows, "converted")

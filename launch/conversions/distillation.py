@@ -26,6 +26,7 @@ from launch.checkpoint.files import named_tensors
 from launch.checkpoint.models import SavedDecoder, held_out_loss
 from launch.conversions.source import add_source, open_source
 from launch.run.errors import BadInput, as_bad_input
+from launch.run.terminal import announced
 from launch.tasks import Task
 
 
@@ -88,7 +89,8 @@ def distill_decoder(
     before = held_out_loss(model, task)
     forwards = [_Forward(model, task, row) for row in range(_rows(task, fitting.max_tokens))]
     reports = []
-    with as_bad_input(f"--max-tokens={fitting.max_tokens}"):
+    fitting_now = announced("fitting layer by layer, each tells when it is done")
+    with as_bad_input(f"--max-tokens={fitting.max_tokens}"), fitting_now:
         for report in distill(model, forwards, students, config=fitting):
             print(report, flush=True)
             reports.append(report)

@@ -26,6 +26,7 @@ from launch.checkpoint.models import held_out_loss, training_ids
 from launch.conversions.source import add_source, open_source
 from launch.run.errors import as_bad_input
 from launch.run.options import check_counts
+from launch.run.terminal import announced
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def convert(options: argparse.Namespace) -> Path:
     check_counts(options, "batch_size", "rows")
     source = open_source(options)
     task, train = source.task, source.config.train
-    with as_bad_input(source.folder):
+    with as_bad_input(source.folder), announced("choosing the small feed-forwards' units"):
         wanted = SizedFeedForwardConfig(
             budget=options.budget,
             small_ffn_dim=options.small_ffn_dim,

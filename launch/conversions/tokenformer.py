@@ -24,6 +24,7 @@ from launch.checkpoint.files import named_tensors, save_tensors
 from launch.checkpoint.models import add_checkpoint, load_decoder
 from launch.run.config import load_config
 from launch.run.errors import BadInput, as_bad_input
+from launch.run.terminal import announced
 from launch.run.writable import check_file
 
 
@@ -59,7 +60,7 @@ def load_published(
     """
     check_new_run(output)
     config = load_config(recipe, [f"output={output}"])
-    with as_bad_input(weights):
+    with as_bad_input(weights), announced(f"reading {weights}"):
         model = from_tokenformer_state_dict(_read(weights), num_heads=num_heads)
     tensors = {name: _float(tensor) for name, tensor in named_tensors(model).items()}
     return begin_run(config, tensors, output=output, model=model.config)

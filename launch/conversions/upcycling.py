@@ -34,7 +34,9 @@ from launch.checkpoint.files import find_checkpoint, read_whole, save_tensors
 from launch.run.config import from_mapping
 from launch.run.errors import BadInput
 from launch.run.options import check_seed
+from launch.run.plain_data import read_json
 from launch.run.sections import RunConfig
+from launch.run.terminal import announced
 from launch.run.trust import add_trust_option
 from launch.run.writable import check_folder
 
@@ -65,7 +67,8 @@ def convert(options: argparse.Namespace) -> Path:
 
 
 def _convert(options: argparse.Namespace, out: Path) -> Path:
-    weights, config, run = read(options.source)
+    with announced(f"reading {options.source}"):
+        weights, config, run = read(options.source)
     if config.mixture_of_experts is None:
         experts = MixtureOfExpertsConfig(
             num_experts=options.experts,
@@ -116,8 +119,8 @@ def read(source: str) -> tuple[dict[str, Tensor], DecoderConfig, RunConfig | Non
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        settings = read_json(file)
+    except (OSError, ValueError) as error:
         raise BadInput(f"{file}: is no JSON: {error}") from None
     if not isinstance(settings, dict):
         raise BadInput(f"{file}: must hold the settings of a model")

@@ -23,6 +23,7 @@ from adaptive.models.diffusion.model import DiffusionConfig
 from launch.data.sources import check_path, files_below
 from launch.data.text import permuted
 from launch.run.errors import BadInput
+from launch.run.terminal import announced
 from launch.tasks import row_generator
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -109,7 +110,8 @@ class ImageData:
     def __init__(self, config: ImageConfig, model: ImageModel, *, verify: bool = True) -> None:
         self.config = config
         shape = (model.channels, model.image_size, model.image_size)
-        self.source = _open(config.path, shape, verify=verify)
+        with announced(f"reading data.path={config.path}"):
+            self.source = _open(config.path, shape, verify=verify)
         labels = self.source.labels
         if not len(labels):
             raise BadInput(f"data.path={config.path}: its files hold no image")

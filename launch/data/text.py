@@ -34,6 +34,7 @@ from launch.data.token_files import (
 )
 from launch.data.tokenizer import Tokenizer
 from launch.run.errors import BadInput
+from launch.run.terminal import announced
 from launch.tasks import row_generator
 
 
@@ -461,7 +462,8 @@ class Corpus:
 @functools.cache
 def open_corpus(config: TextConfig) -> Corpus:
     """The corpus, opened once a process: looking for thousands of files takes a second."""
-    return Corpus(config)
+    with announced(f"reading data.path={config.path}"):
+        return Corpus(config)
 
 
 def permuted(index: int, size: int, key: int) -> int:

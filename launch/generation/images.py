@@ -20,6 +20,7 @@ from launch.checkpoint.models import add_checkpoint
 from launch.data.images import tile, to_pixels
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
+from launch.run.terminal import announced
 from launch.tasks.diffusion import averaged_weights
 
 
@@ -104,10 +105,11 @@ def draw_samples(
     """Sample an image for every label, in batches; the images do not depend on the batches."""
     device = next(model.parameters()).device
     begun = time.perf_counter()
-    images = [
-        sample(model, part.to(device), config, seed=seed, first=start * batch_size).cpu()
-        for start, part in enumerate(labels_N.split(batch_size))
-    ]
+    with announced(f"sampling {len(labels_N)} images"):
+        images = [
+            sample(model, part.to(device), config, seed=seed, first=start * batch_size).cpu()
+            for start, part in enumerate(labels_N.split(batch_size))
+        ]
     return Samples(
         images=torch.cat(images),
         labels=labels_N,

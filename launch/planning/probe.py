@@ -32,6 +32,7 @@ from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
 from launch.planning.machines import PUBLISHED, Link, Machine
 from launch.run.errors import BadInput
+from launch.run.terminal import announced
 from parallel.mesh import Mesh
 from parallel.ranks import on_ranks
 from parallel.rows import all_gather_rows, exchange_rows, reduce_scatter_rows
@@ -53,7 +54,8 @@ def machine_of(name: str, *, ranks: int, dim: int, mixed: bool, efficiency: floa
         BadInput: no such machine.
     """
     if name == "this":
-        return measure(ranks, dim=dim)
+        with announced("measuring this machine"):
+            return measure(ranks, dim=dim)
     if name not in PUBLISHED:
         raise BadInput(f"--machine={name}: must be one of this, {', '.join(sorted(PUBLISHED))}")
     return PUBLISHED[name].machine(mixed=mixed, efficiency=efficiency)

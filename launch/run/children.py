@@ -15,9 +15,11 @@ import subprocess
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
+
+from launch.run.errors import leave
 
 # The first shell becomes the command.
 _WATCHED = 'exec 3<&0; { cat <&3; kill -9 0; } >/dev/null 2>&1 & exec "$@" </dev/null 3<&-'
@@ -100,15 +102,17 @@ class Children:
         self._running: set[Child] = set()
         self.ended = False
 
-    def run(self, command: list[str], **options: Any) -> int:
-        """The exit code of a command; -SIGTERM when the program ends and it was not begun."""
+    def run(
+        self, command: list[str], *, wait: Callable[[Child], int] = Child.wait, **options: Any
+    ) -> int:
+        """The exit code of a command, which `wait` tells; -SIGTERM when it was not begun."""
         with self._lock:
             if self.ended:
                 return -signal.SIGTERM
             child = Child(command, **options)
             self._running.add(child)
         with child:
-            code = child.wait()
+            code = wait(child)
         with self._lock:
             self._running.discard(child)
         return code
@@ -122,7 +126,7 @@ class Children:
 
     def __enter__(self) -> Children:
         self._handlers = {
-            number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)
         }
         return self
 
@@ -135,10 +139,6 @@ class Children:
         self.end()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-
-
-def _leave(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def stop_with_script() -> None:

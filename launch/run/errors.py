@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
+
+from launch.run.terminal import announcing
 
 
 class BadInput(ValueError):  # noqa: N818 -- named for what it says to the user
@@ -52,12 +56,35 @@ def program(main: Callable[[list[str] | None], int | None]) -> Callable[..., Non
 
     @functools.wraps(main)
     def run(arguments: list[str] | None = None) -> None:
-        with exit_on_bad_input():
+        with exit_on_bad_input(), announcing(), _leaving_when_terminated():
             code = main(arguments)
         if code:
             raise SystemExit(code)
 
     return run
+
+
+@contextmanager
+def _leaving_when_terminated() -> Iterator[None]:
+    """Let SIGTERM unwind the program, where it would end it at once.
+
+    What it has started is ended then, stopped processes too, and what is half written removed.
+    """
+    number = signal.SIGTERM
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(number) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def leave(number: int, _: object) -> NoReturn:
+    """A handler of signals that ends the program as they do, by way of its contexts."""
+    raise SystemExit(128 + number)
 
 
 class OneLineParser(argparse.ArgumentParser):

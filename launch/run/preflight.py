@@ -18,6 +18,7 @@ from launch.run.errors import BadInput
 from launch.run.log import check_sinks, without_monitors
 from launch.run.sections import RunConfig
 from launch.run.terminal import announced
+from launch.run.validation import as_too_large
 from launch.run.writable import check_folder
 from launch.run.zero import check_zero
 from launch.tasks.registry import make_task, task_class
@@ -30,7 +31,7 @@ def check_run(config: RunConfig, *, ranks: int, speak: bool = False) -> None:
     Args:
         config: of the run.
         ranks: how many.
-        speak: say what takes longer than a second.
+        speak: say that operations will not be counted.
 
     Raises:
         BadInput: one line that names the value and the rule.
@@ -43,16 +44,15 @@ def check_run(config: RunConfig, *, ranks: int, speak: bool = False) -> None:
         raise BadInput(f"parallel.{error}") from None
     mesh = Mesh(**{**vars(axes), "data": data})
     check_folder("output", config.output)
-    with announced("checking section deepspeed (which imports it)", speak=speak):
+    with announced("checking section deepspeed (which imports it)"):
         check_sinks(config)
         check_deepspeed(without_monitors(config))
     for phase in phases:
         stage = phase.deepspeed.get("zero_optimization", {}).get("stage", 0)
         check_zero(stage, tensor=axes.tensor, expert=axes.expert)
         engine_settings(phase, data)
-        with announced(f"reading data.path={getattr(phase.data, 'path', None)}", speak=speak):
-            task_class(phase.task).check(phase)
-        with announced("checking the model", speak=speak):
+        task_class(phase.task).check(phase)
+        with announced("checking the model"):
             model = meta_model(phase, mesh)
         _check_memory(model)
         _check_elements(model, stage)
@@ -180,14 +180,9 @@ def meta_model(config: RunConfig, mesh: Mesh | None = None) -> nn.Module:
         BadInput: what its blocks refuse.
     """
     try:
-        with torch.device("meta") as device:
+        with torch.device("meta") as device, as_too_large("model"):
             return make_task(config, mesh=mesh, device=device).build_model()
+    except BadInput:
+        raise
     except (ValueError, OverflowError) as error:
         raise BadInput(f"model: {error}") from None
-    except (RuntimeError, TypeError) as error:
-        if "overflow" not in str(error).lower():
-            raise
-        raise BadInput(
-            "model: is too large to be written down: some size, or the product of two, is above "
-            "the 64 bits that a tensor is measured by"
-        ) from None

@@ -21,9 +21,8 @@ from launch.run.children import Child, ask
 from launch.run.failures import PEER, read_errors
 from launch.run.hangs import Watch, describe
 from launch.run.marks import ENDS, FAILED, FINISHED, STOPPED, Mark, read_marks, this_host
+from launch.run.starting import REQUESTS, UNBEGUN
 
-REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-UNBEGUN = "stopped before the first step; the same command starts the run"
 # Of the seconds that a run has to end in: for the system, to end what was killed.
 _SPARE = 3.0
 # Seconds from the last rank's end that the launcher has to end by itself, with that rank's code.
@@ -86,6 +85,14 @@ def supervise(command: list[str], run: Supervised | None = None) -> int:
     with Child(command, env=environment) as launcher:
         code = _Supervision(launcher, run, asked).code()
     return code if code >= 0 else 128 - code
+
+
+def follow(launcher: Child, run: Supervised) -> int:
+    """Wait for a run that its own program has started and asks to stop; its exit code.
+
+    As `supervise`, it ends a run that hangs, says what no rank has said, and believes rank 0 alone.
+    """
+    return _Supervision(launcher, run, []).code()
 
 
 class _Supervision:

@@ -42,11 +42,13 @@ from parallel.mesh import Mesh
 def run(config: RunConfig, marks: Marks | None = None) -> None:
     """Train all phases, from the newest checkpoint or from nothing; `marks` say how far it is."""
     marks = Marks() if marks is None else marks
-    device = join_ranks()
+    with announced("waiting for all ranks"):
+        device = join_ranks()
     if is_first():
         print(f"{dist.get_world_size()} ranks have met on {device.type}", flush=True)
     with ExitStack() as held:
-        source = _found_by_first_rank(lambda: _begin(config, held))
+        with announced(f"looking for a checkpoint in {config.output}"):
+            source = _found_by_first_rank(lambda: _begin(config, held))
         marks.open(Path(config.output), dist.get_rank())
         stopped = _run_phases(config, source, device, marks)
     marks(STOPPED if stopped else FINISHED, slow=True)
@@ -76,7 +78,9 @@ def _run_phases(config: RunConfig, source: Path | None, device: torch.device, ma
     first_step = 0 if source is None else state.step + 1
     phases = config.phase_configs()
     stopped = False
-    with open_log(config, first_step=first_step, command=sys.argv) as log:
+    with announced("opening the log"):
+        opened = open_log(config, first_step=first_step, command=sys.argv)
+    with opened as log:
         while not stopped:
             if state.phase_step >= phases[state.phase].train.steps:
                 if state.phase + 1 == len(phases):
@@ -126,7 +130,7 @@ def _run_phase(
     """Train one phase to its end, or until asked to stop; returns the checkpoint it ends with."""
     marks("building the engine", step=state.step, slow=True)
     task = task_class(config.task)(config, mesh=mesh, device=device)
-    with announced("building the model and its optimizer", speak=is_first()):
+    with announced("building the model and its optimizer"):
         engine = Engine(config, task, mesh=mesh, device=device)
     tflops = config.monitor.peak_tflops
     monitor = Monitor(
@@ -145,12 +149,13 @@ def _run_phase(
     task.start_phase(engine)
     if source is None and config.checkpoint.weights is not None:
         marks("reading a checkpoint", slow=True)
-        weights = find_checkpoint(config.checkpoint.weights)
-        loop.load(weights, moments=False, task_state=False)
+        with announced(f"reading {config.checkpoint.weights}"):
+            weights = find_checkpoint(config.checkpoint.weights)
+            loop.load(weights, moments=False, task_state=False)
         progress.say(f"beginning with the weights of {weights}")
     elif source is not None:
         marks("reading a checkpoint", slow=True)
-        with announced(f"reading {source}", speak=is_first()):
+        with announced(f"reading {source}"):
             loop.load(source, moments=_keeps_moments(run_config, state))
         progress.say(f"continuing from {source}")
         # At the beginning of a phase other settings are what it is for.
@@ -158,10 +163,12 @@ def _run_phase(
         if changed:
             progress.say(f"with other settings than it: {'; '.join(changed)}")
     asked = said_uncounted = False
+    begun = loop.state.phase_step
     checkpoint: Path | None = None
     while loop.state.phase_step < train.steps and not asked:
         since = time.perf_counter()
-        with announced("taking the first step", speak=is_first() and loop.state.step == 0):
+        first = loop.state.phase_step == begun
+        with announced("taking the first step", speak=None if first else False):
             report = loop.step()
         loop.check_moved()
         number, step, asked = loop.state.phase_step, loop.state.step, report.stop

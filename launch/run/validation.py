@@ -7,7 +7,8 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,9 +24,24 @@ def validated(kind: Any, value: Any, section: str) -> Any:
     """
     _refuse_odd_numbers(kind, value, section)
     try:
-        return TypeAdapter(kind).validate_python(value)
+        with as_too_large(section):
+            return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise BadInput(_first_line(error, kind, section)) from None
+
+
+@contextmanager
+def as_too_large(section: str) -> Iterator[None]:
+    """Turn what torch says of sizes that it cannot hold into BadInput."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise BadInput(
+            f"{section}: is too large to be written down: some size, or the product of two, is "
+            "above the 64 bits that a tensor is measured by"
+        ) from None
 
 
 def _refuse_odd_numbers(kind: Any, value: Any, path: str) -> None:

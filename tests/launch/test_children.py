@@ -27,13 +27,15 @@ print(f"started {os.getpid()} {grandchild.pid}", flush=True)
 time.sleep(60)
 """
 RANKS = """
-import os, time
-def sleep():
+import os, signal, time
+def sleep(number):
     print(f"started {os.getpid()}", flush=True)
+    os.kill(os.getpid(), number)
     time.sleep(60)
 if __name__ == "__main__":
+    from launch.run.errors import program
     from parallel.ranks import on_ranks
-    on_ranks(sleep, 2)
+    program(lambda _: on_ranks(sleep, 1, signal.NUMBER))()
 """
 KERNELS = """
 from launch.planning import kernels
@@ -120,11 +122,17 @@ def test_a_comparison_that_is_ended_ends_its_runs(number: int, tmp_path: Path) -
     assert not (tmp_path / "runs" / "routed-1").exists()
 
 
-def test_ranks_of_a_function_end_with_the_program(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "state"),
+    [(signal.SIGKILL, "SIGCONT"), (signal.SIGTERM, "SIGSTOP")],
+    ids=["killed", "terminated, its rank stopped"],
+)
+def test_ranks_of_a_function_end_with_the_program(number: int, state: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
-    program.write_text(RANKS)
-    with all_ended([sys.executable, str(program)], started=2) as process:
-        process.kill()
+    program.write_text(RANKS.replace("NUMBER", state))
+    with all_ended([sys.executable, str(program)], started=1) as process:
+        process.send_signal(number)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
 
 
 def test_checks_of_kernels_end_with_the_doctor(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from launch.checkpoint.files import find_checkpoint, load_model, read_state
 from launch.checkpoint.models import held_out_loss
 from launch.checkpoint.state import RunState
 from launch.compare import main
+from launch.comparison import runs
 from launch.comparison.config import load_comparison
 from launch.comparison.runs import Run, finish, plan_runs
 from launch.run.children import Children
@@ -22,6 +23,8 @@ from launch.run.errors import BadInput
 from launch.tasks.registry import task_class
 from parallel.mesh import Mesh
 from tests.distributed.runs import tiny_config, write_text, write_untrained
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -103,6 +106,24 @@ def test_a_changed_arm_is_measured_alone(
     assert f"is now {earlier}" in capsys.readouterr().out
     # Another model, too, is no checkpoint that the plan would have to refuse.
     assert one_arm(comparison, "operations=2e8", "common=[model.ffn_dim=64]").words
+
+
+def test_a_run_that_hangs_is_named_and_ended(
+    comparison: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = one_arm(comparison, "operations=2e8", "common=[train.hang_seconds=1.0]")
+    program = comparison.parent / "hanging.py"
+    program.write_text(
+        f"import pathlib, sys, time; sys.path[0] = {str(ROOT)!r}\n"
+        "from launch.run.marks import Marks\n"
+        f"marks = Marks(); marks.open(pathlib.Path({str(run.folder)!r}), 0)\n"
+        "marks('forward', step=3); time.sleep(60)"
+    )
+    monkeypatch.setattr(runs, "TRAIN", program)
+    assert finish(run, threads=1, children=Children()) is None
+    said = capsys.readouterr().err
+    assert "no rank has made progress for train.hang_seconds=1: hanging: rank 0" in said
+    assert "rank 0: step 3, forward" in said
 
 
 def test_an_interrupted_run_goes_on_only_with_the_same_configuration(

@@ -30,7 +30,9 @@ def test_recipe_and_own_model_end_with_the_verdict_as_exit_code() -> None:
         *("--meshes", "data=2", "--steps", "1", "--fault", "detach_routers", "--limit", "3"),
     )
     assert own.returncode == 1, own.stderr
-    lines = own.stdout.strip().splitlines()
+    said, verdict = own.stdout.split("\n\n", 1)
+    assert said.startswith("launch.parity: importing torch …")
+    lines = verdict.splitlines()
     assert lines[0] == "data=2: DISAGREES with one rank (tolerance 1e-05)"
     assert lines[2].split()[:3] == ["DISAGREES", "gradient", "layers.1.router.weight"]
 

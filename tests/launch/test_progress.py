@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,9 +16,11 @@ import pytest
 from launch.run import progress
 from launch.run.loop import StepReport
 from launch.run.progress import Progress, clock, final_summary, rate
-from launch.run.terminal import announced
+from launch.run.starting import UNBEGUN
+from launch.run.terminal import announced, announcing
 from launch.tasks.diffusion import DiffusionTask
 from launch.tasks.language_model import LanguageModelTask
+from tests.launch.test_program_refusals import PROGRAMS, ROOT
 
 REPORT = StepReport(2.0, 100, 4e6, 6e6, False, [])
 
@@ -63,11 +67,41 @@ def test_an_evaluation_between_two_steps_slows_no_rate(
 def test_what_takes_long_is_said_and_what_is_quick_is_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with announced("reading data", after=0.0):
+    with announcing(), announced("reading data", after=0.0):
         time.sleep(0.2)
-    with announced("checking"), announced("a rank", speak=False, after=0.0):
+    with announcing(), announced("checking", after=30.0):
+        time.sleep(0.01)
+    with announced("in a notebook", after=0.0):
+        time.sleep(0.01)
+    with announcing(False), announced("on another rank", after=0.0):
         time.sleep(0.01)
     assert capsys.readouterr().out == "reading data …\n"
+
+
+def test_a_run_that_is_asked_to_stop_while_it_imports_torch_is_unbegun(tmp_path: Path) -> None:
+    source = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nraise SystemExit(7)"
+    (tmp_path / "torch.py").write_text(source)
+    command = [sys.executable, "-m", "launch.start", "--config", "mod_lm"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1:] == [UNBEGUN]
+
+
+def test_every_program_says_that_it_starts_before_it_imports_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    words = {name: (f"launch.{name}", "x") for name in PROGRAMS} | {"adaptive": ("launch", "plan")}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    options = {"cwd": ROOT, "env": environment, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    started = {
+        name: subprocess.Popen([sys.executable, "-m", *command], **options)
+        for name, command in words.items()
+    }
+    for name, process in started.items():
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 7, said
+        assert said == f"launch.{'plan' if name == 'adaptive' else name}: importing torch …\n"
 
 
 @pytest.mark.parametrize("task", [LanguageModelTask, DiffusionTask])

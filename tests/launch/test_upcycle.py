@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptive.flops import planned_flops
 from adaptive.models import Decoder
 from launch.checkpoint.files import load_model, write_whole
 from launch.checkpoint.state import RunState, WholeState
@@ -43,6 +44,7 @@ def test_a_run_of_ours_is_upcycled(
     main(["upcycling", str(source), str(tmp_path / "out"), "--experts", "4", "--every", "2"])
     assert "4 experts" in capsys.readouterr().out
     sparse, config = load_model(tmp_path / "out")
+    assert planned_flops(config, 2, 8) == planned_flops(sparse, 2, 8)
     torch.testing.assert_close(sparse(ids()), dense(ids()), atol=1e-4, rtol=0)
     assert config.model.mixture_of_experts.routed_layers(2) == [1]
 
