@@ -11,6 +11,7 @@ import yaml
 
 from launch.run.errors import BadInput
 from launch.run.options import refuse_empty_values
+from launch.run.plain_data import read_yaml
 from launch.run.validation import validated
 from launch.run.writable import check_folder
 
@@ -73,12 +74,12 @@ def load_comparison(path: Path, overrides: list[str]) -> Comparison:
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not valid YAML: {error}") from None
+        tree = read_yaml(path, interpolate=False)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
-    if not isinstance(tree, dict):
+    except ValueError as error:
+        raise BadInput(f"{path}: not valid YAML: {error}") from None
+    if not tree or not isinstance(tree, dict):
         raise BadInput(f"{path}: must be a mapping of keys")
     refuse_empty_values(overrides)
     for override in overrides:

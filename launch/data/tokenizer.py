@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from launch.run.errors import BadInput
+from launch.run.plain_data import read_json
 
 # What published models call the end of a text, where no tokenizer_config.json says it.
 _KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
@@ -116,7 +116,7 @@ class Tokenizer:
             return {}
         file = self.path.with_name("tokenizer_config.json")
         try:
-            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            found = read_json(file) if file.is_file() else {}
         except (ValueError, OSError) as error:
             raise BadInput(f"{file}: is no tokenizer_config.json: {error}") from None
         if not isinstance(found, dict):

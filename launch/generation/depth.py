@@ -28,6 +28,7 @@ from adaptive.models.decoder.speculative import VERIFICATIONS, speculate
 from launch.checkpoint.models import load_decoder
 from launch.data.text import Tokenizer
 from launch.run.errors import BadInput
+from launch.run.plain_data import json_value
 from launch.run.terminal import shown
 
 _METADATA = "exit_adapter"
@@ -249,7 +250,7 @@ def load_adapter(path: Path, model: Decoder) -> ExitAdapter:
         raise BadInput(f"--exit-adapter={path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[_METADATA])
+            about = json_value((file.metadata() or {})[_METADATA])
         adapter = ExitAdapter.of(model, int(about["exit_layer"]))
         adapter.load_state_dict(load_file(path))
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

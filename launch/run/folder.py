@@ -21,6 +21,7 @@ from typing import Any
 from launch.checkpoint.contents import newest_checkpoint
 from launch.run.config import is_same
 from launch.run.errors import BadInput
+from launch.run.plain_data import read_json
 from launch.run.preflight import starting_checkpoint
 from launch.run.sections import RunConfig
 from parallel.checkpoint import MANIFEST, set_aside_above
@@ -140,10 +141,10 @@ def _origin(config: RunConfig, source: Path | None) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return None
-    return content
+    return content if isinstance(content, dict) else None
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

@@ -117,6 +117,7 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         ("model.dim=1000000000", "model: 22,351,744,317 GiB of weights for one rank, must be"),
         ("model.dim=100000000000", "model: is too large to be written down"),
         ("model.dim=9223372036854775808", "model: is too large to be written down"),
+        ("model.mixture_of_experts={ffn_dim: 4611686018427387904}", "model: is too large to be"),
         ("model.num_layers=1000000", "model.num_layers=1000000: must be at most 2048"),
         ("data.path=/", "data.path=/: must be a folder of text, not a whole file system"),
         ("train.batch_size=1000000000000", "train.batch_size=1000000000000: must be at most"),

@@ -19,6 +19,7 @@ import yaml
 from launch.checkpoint.contents import newest_checkpoint, problem_with_checkpoint
 from launch.checkpoint.files import find_checkpoint, load_model, named_tensors, write_whole
 from launch.checkpoint.state import RunState, WholeState
+from launch.convert import METHODS
 from launch.run.config import from_mapping, load_config, load_saved
 from launch.run.errors import BadInput
 from launch.run.plain_data import read_json, read_yaml
@@ -27,16 +28,20 @@ from launch.tasks.registry import task_class
 from parallel.checkpoint import MANIFEST, problem_with, save_atomically
 from parallel.mesh import Mesh
 from tests.distributed.runs import tiny_config, write_text
+from tests.launch.test_program_refusals import PROGRAMS
 
 READERS = [
     "reshard CHECKPOINT --output OUT",
     "grow CHECKPOINT --output OUT --tokens 8",
     "generate CHECKPOINT --prompt a",
+    "generate GOOD --draft CHECKPOINT",
     "sample CHECKPOINT --png OUT.png",
     "quality CHECKPOINT --samples 64",
     "oracle CHECKPOINT",
     "train_exit CHECKPOINT",
     "compare_routing CHECKPOINT",
+    "budget_curve CHECKPOINT model.num_layers=2",
+    "compare COMPARISON common=[checkpoint.weights=CHECKPOINT]",
     "convert upcycling CHECKPOINT OUT",
     "convert acm CHECKPOINT --output OUT",
     "convert duo CHECKPOINT --output OUT",
@@ -44,7 +49,19 @@ READERS = [
     "convert tokenformer save CHECKPOINT OUT.safetensors",
     "start --config RECIPE checkpoint.resume=CHECKPOINT",
     "train --config RECIPE checkpoint.resume=CHECKPOINT",
+    "start --config RECIPE output=OUT checkpoint.weights=CHECKPOINT",
+    "train --config RECIPE output=OUT checkpoint.weights=CHECKPOINT",
 ]
+CONFIGURED = [
+    "start --config CHECKPOINT/run.yaml",
+    "train --config CHECKPOINT/run.yaml",
+    "plan --config CHECKPOINT/run.yaml --gpus 1",
+    "parity --config CHECKPOINT/run.yaml --meshes data=2",
+    "compare COMPARISON recipe=CHECKPOINT/run.yaml",
+    "run.finished --config CHECKPOINT/run.yaml",
+]
+# They read neither a checkpoint nor a configuration.
+NO_READERS = {"doctor", "encode"}
 
 
 class Payload:
@@ -76,7 +93,22 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root = folder / "run" / "checkpoints"
         save_atomically(root, step, lambda to, whole=whole: write_whole(to, whole))  # type: ignore[misc]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny_config(folder)))
+    comparison = {"title": "a", "recipe": "recipe.yaml", "operations": 1e9, "arms": {"a": []}}
+    comparison |= {name: str(folder / "compared") for name in ("output", "results")}
+    (folder / "comparison.yaml").write_text(yaml.safe_dump(comparison))
     return folder
+
+
+@pytest.fixture
+def words(written: Path, tmp_path: Path) -> dict[str, Path]:
+    """What the words in capitals of a command line stand for."""
+    return {
+        "CHECKPOINT": tmp_path / "run" / "checkpoints" / "step-00000003",
+        "GOOD": written / "run",
+        "OUT": tmp_path / "out",
+        "RECIPE": written / "recipe.yaml",
+        "COMPARISON": written / "comparison.yaml",
+    }
 
 
 @pytest.fixture
@@ -119,24 +151,32 @@ def refused(capsys: pytest.CaptureFixture[str], line: str, *extra: str, **words:
 
 @pytest.mark.parametrize("line", READERS)
 def test_a_pickle_in_a_checkpoint_is_not_run(
-    line: str, newest: Path, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str,
+    newest: Path,
+    words: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (newest / "engine").mkdir()
     torch.save(Payload(tmp_path / "mark"), newest / "engine" / "mp_rank_00_model_states.pt")
     sign(newest)
-    said = refused(
-        capsys, line, CHECKPOINT=newest, OUT=tmp_path / "out", RECIPE=written / "recipe.yaml"
-    )
+    said = refused(capsys, line, **words)
     assert "engine/mp_rank_00_model_states.pt holds posix.mkdir" in said
     assert not (tmp_path / "mark").exists()
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line", READERS)
+def test_every_program_that_reads_is_given_what_a_stranger_wrote() -> None:
+    lines = [line.split() for line in (*READERS, *CONFIGURED)]
+    assert {line[0] for line in lines} - {"run.finished"} == set(PROGRAMS) - NO_READERS
+    assert {line[1] for line in lines if line[0] == "convert"} == set(METHODS)
+
+
+@pytest.mark.parametrize("line", [*READERS, *CONFIGURED])
 def test_code_that_a_checkpoint_names_is_imported_only_when_the_user_says_so(
     line: str,
     newest: Path,
-    written: Path,
+    words: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -147,7 +187,6 @@ def test_code_that_a_checkpoint_names_is_imported_only_when_the_user_says_so(
     tree = yaml.safe_load((newest / "run.yaml").read_text()) | {"task": f"{module}:Task"}
     (newest / "run.yaml").write_text(yaml.safe_dump(tree))
     sign(newest)
-    words = {"CHECKPOINT": newest, "OUT": tmp_path / "out", "RECIPE": written / "recipe.yaml"}
     said = refused(capsys, line, **words)
     assert f"task={module}:Task: is code that a checkpoint names" in said
     assert not (tmp_path / "mark").exists()
@@ -168,7 +207,7 @@ def test_code_that_a_checkpoint_names_is_imported_only_when_the_user_says_so(
 def test_plugins_that_a_checkpoint_names_are_imported_only_when_the_user_says_so(
     line: str,
     newest: Path,
-    written: Path,
+    words: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -180,7 +219,6 @@ def test_plugins_that_a_checkpoint_names_are_imported_only_when_the_user_says_so
     tree = yaml.safe_load((newest / "run.yaml").read_text()) | {"plugins": [module]}
     (newest / "run.yaml").write_text(yaml.safe_dump(tree))
     sign(newest)
-    words = {"CHECKPOINT": newest, "OUT": tmp_path / "out", "RECIPE": written / "recipe.yaml"}
     said = refused(capsys, line, **words)
     assert f"plugins={module}: is code that a checkpoint names" in said
     assert not mark.exists()
@@ -310,6 +348,7 @@ def _shard(checkpoint: Path) -> Path:
         (_changed("state.json", step="3"), "step='3': must be a count"),
         (_changed("state.json", phase=-1), "phase=-1: must be a count"),
         (_changed("state.json", tokens=float("nan")), "tokens=nan"),
+        (lambda c: (c / "state.json").write_text('{"step": 3}'), "phase: is missing"),
         (lambda c: (c / "state.json").write_text("[" * 9999), "state.json cannot be read"),
         (lambda c: (c / "state.json").unlink(), "state.json cannot be read"),
         (lambda c: (c / "run.yaml").unlink(), "run.yaml cannot be read"),
