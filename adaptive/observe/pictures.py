@@ -1,7 +1,7 @@
 """Pictures of routing: which tokens each layer computed, and how experts share the work.
 
-Every function returns uint8 [height, width, 3], what `MetricLog.image` writes. Those of
-layers over steps are as wide as TensorBoard's thumbnails (`WIDTH`). Drawing needs Pillow, which
+Every function returns uint8 [height, width, 3], what `MetricLog.image` writes, as wide as
+TensorBoard's thumbnails (`WIDTH`), with a key of its colours. Drawing needs Pillow, which
 TensorBoard brings.
 
 Shape legend: L layers, T tokens, E experts, B images, S patches.
@@ -28,31 +28,41 @@ _PAPER, _INK, _FAINT = (255, 255, 255), (30, 30, 36), (150, 152, 160)
 _SKIPPED, _COMPUTED, _ALWAYS = (238, 239, 243), (24, 110, 190), (176, 205, 232)
 # From few to many: light to dark, so that print and colour-blind readers see the same order.
 _SCALE = ((247, 247, 242), (253, 219, 158), (244, 146, 84), (205, 61, 78), (112, 20, 92))
-_CELL_WIDTH, _CELL_HEIGHT, _MARGIN, _LINE = 11, 12, 8, 17
+_CELL, _MARGIN, _LINE = 7, 8, 17
 
 WIDTH = 350
 """Pixels that TensorBoard gives a picture."""
 
+Colour = tuple[int, ...]
+
 
 class _Key:
-    """A key of colours: a strip with a word at each end, or a square with a word for each.
+    """A key of colours: a strip with words above it, or a square beside each word.
 
     Args:
-        shade: colour of a place from 0 to 1.
-        words: at both ends of a strip of colours, and in between.
+        colours: of a place of the strip, from 0 to 1; or of each word.
+        words: from one end of the strip to the other; or one for each colour.
     """
 
-    def __init__(self, shade: Callable[[float], tuple[int, ...]], *words: str) -> None:
-        self._shade, self._words = shade, words
+    def __init__(
+        self, colours: Callable[[float], Colour] | Sequence[Colour], words: Sequence[str]
+    ) -> None:
+        self._colours, self._words = colours, words
 
     def draw(self, draw: Any, top: int) -> None:
+        if not callable(self._colours):
+            at = _MARGIN
+            for colour, word in zip(self._colours, self._words, strict=True):
+                draw.rectangle((at, top + 7, at + 11, top + 18), fill=colour, outline=_FAINT)
+                draw.text((at + 16, top + 6), word, fill=_INK, font=_font(11))
+                at += 28 + round(6.1 * len(word))
+            return
         strip = WIDTH - 2 * _MARGIN
         for x in range(strip):
-            colour = self._shade(x / (strip - 1))
+            colour = self._colours(x / (strip - 1))
             draw.line((_MARGIN + x, top + 15, _MARGIN + x, top + 21), fill=colour)
         for place, word in enumerate(self._words):
-            wide = 6.6 * len(word)
-            left = _MARGIN + place / max(len(self._words) - 1, 1) * (strip - wide)
+            left = _MARGIN + place / max(len(self._words) - 1, 1) * (strip - 6.1 * len(word))
             draw.text((left, top), word, fill=_INK, font=_font(11))
 
 
@@ -78,7 +88,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _left_of(names: Sequence[str]) -> int:
-    return _MARGIN + 7 * max(len(name) for name in names) + 6
+    return _MARGIN + round(6.1 * max(len(name) for name in names)) + 6
 
 
 def chosen_by_layer(
@@ -143,19 +153,22 @@ def depth_map(
 ) -> Tensor:
     """Tokens across, layers down: a dark cell where the layer computed the token.
 
+    As many tokens as there is room for, from the first.
+
     Args:
         tokens: the text of each token; what does not print becomes a symbol.
         names, routed, chosen_LT: as `chosen_by_layer` gives them. Layers that are not routed are
             drawn paler: they compute every token.
     """
     share = chosen_LT[torch.tensor(list(routed))].float().mean() if any(routed) else torch.ones(())
-    title = f"layers down, tokens across; routed layers computed {float(share):.1%} of tokens"
+    title = f"layers down, tokens across: routed layers computed {float(share):.1%}"
+    key = _Key((_COMPUTED, _SKIPPED, _ALWAYS), ("computed", "skipped", "not routed"))
     colours = [
         [_ALWAYS if not is_routed else _COMPUTED if computed else _SKIPPED for computed in row]
         for is_routed, row in zip(routed, chosen_LT.tolist(), strict=True)
     ]
     notes = [f"{float(row.float().mean()):.0%}" for row in chosen_LT]
-    return _bands(title, tokens, names, colours, notes)
+    return _bands(_Head(title, key), tokens, names, colours, notes)
 
 
 def expert_map(
@@ -170,7 +183,9 @@ def expert_map(
         units: experts of each layer.
         experts_LT: int64 [L, T], the expert of each token.
     """
-    title = "layers down, tokens across; each colour is one expert of its layer"
+    title = "layers down, tokens across: the expert of each"
+    most = max(units)
+    key = _Key(lambda place: _hue(int(place * most * 0.999) / most), ("expert 0", f"{most - 1}"))
     colours = [
         [_hue(expert / count) if expert < count else _SKIPPED for expert in row]
         for count, row in zip(units, experts_LT.tolist(), strict=True)
@@ -179,13 +194,14 @@ def expert_map(
         len({expert for expert in row if expert < count})
         for count, row in zip(units, experts_LT.tolist(), strict=True)
     ]
-    notes = [f"{number} of {count}" for number, count in zip(used, units, strict=True)]
-    return _bands(title, tokens, names, colours, notes)
+    notes = [f"{number}/{count}" for number, count in zip(used, units, strict=True)]
+    return _bands(_Head(title, key), tokens, names, colours, notes)
 
 
 def text_map(tokens: Sequence[str], chosen_LT: Tensor) -> Tensor:
     """The text itself, each token on a ground that darkens with the layers that computed it."""
-    per_line, cell, line = 96, 8, 18
+    cell, line = 6, 14
+    per_line = (WIDTH - 2 * _MARGIN) // cell
     most = chosen_LT.shape[0]
     counts = chosen_LT.sum(0).tolist()
     least = min(counts)
@@ -201,42 +217,48 @@ def text_map(tokens: Sequence[str], chosen_LT: Tensor) -> Tensor:
             column += 1
             if character == "\n":
                 row, column = row + 1, 0
-    canvas, draw = _page(2 * _MARGIN + per_line * cell, 3 * _MARGIN + line * (row + 2))
-    title = f"layers that computed each token: {least} (light) to {most} (dark) of {most}"
-    draw.text((_MARGIN, _MARGIN - 2), title, fill=_INK, font=_font())
-    top = 2 * _MARGIN + line
+    key = _Key(_shade, (f"{least} layers", f"all {most}"))
+    head = _Head("layers that computed each token", key)
+    canvas, draw = _page(WIDTH, head.height + line * (row + 1) + _MARGIN)
+    head.draw(draw)
     for row, column, character, part in places:
-        x, y = _MARGIN + column * cell, top + row * line
-        draw.rectangle((x, y, x + cell - 1, y + line - 3), fill=_shade(part))
+        x, y = _MARGIN + column * cell, head.height + row * line
+        draw.rectangle((x, y, x + cell - 1, y + line - 2), fill=_shade(part))
         ink = _PAPER if part > 0.6 else _INK
-        draw.text((x + 1, y), character, fill=ink, font=_font())
+        draw.text((x, y), character, fill=ink, font=_font(11))
     return _tensor(canvas)
 
 
 def load_map(loads: dict[str, Tensor]) -> Tensor:
     """Layers down, experts across: the load of each as a multiple of its layer's mean.
 
+    Dead experts are crossed out; the most, and how many are dead, stand beside each layer.
+
     Args:
         loads: tokens that each expert received, [E], by layer.
     """
-    units = max(load.shape[0] for load in loads.values())
-    cell = max(14, min(40, 720 // units))
-    left = _MARGIN + 7 * max(len(name) for name in loads) + 10
-    width = max(left + cell * units + 150, 640)
-    canvas, draw = _page(width, 2 * _MARGIN + 2 * _LINE + 22 * len(loads))
-    title = "load of each expert: 0 (light), mean (amber), twice the mean or more (dark)"
-    draw.text((_MARGIN, _MARGIN - 2), title, fill=_INK, font=_font())
-    for row, (name, load_E) in enumerate(loads.items()):
-        y = _MARGIN + _LINE + 4 + 22 * row
-        draw.text((_MARGIN, y + 2), name, fill=_INK, font=_font(11))
-        relative = (load_E.double() / load_E.double().mean().clamp(min=1e-9)).tolist()
-        for column, value in enumerate(relative):
-            x = left + column * cell
-            draw.rectangle((x, y, x + cell - 2, y + 19), fill=_shade(min(value / 2, 1.0)))
+    names = short_names(list(loads))
+    relative = [(load.double() / load.double().mean().clamp(min=1e-9)) for load in loads.values()]
+    notes = [f"{float(row.max()):.1f}x {int((row == 0).sum())} dead" for row in relative]
+    left, height = _left_of(names), max(9, min(18, 320 // len(names)))
+    right = WIDTH - _MARGIN - round(6.1 * max(map(len, notes)))
+    head = _Head(
+        "load of experts: layers down, experts across",
+        _Key(_shade, ("0", "mean", "2x or more")),
+    )
+    canvas, draw = _page(WIDTH, head.height + height * len(names) + _MARGIN)
+    head.draw(draw)
+    for row, (name, values) in enumerate(zip(names, relative, strict=True)):
+        y = head.height + height * row
+        draw.text((_MARGIN, y + height // 2 - 7), name, fill=_INK, font=_font(11))
+        cell = min(40.0, (right - 4 - left) / len(values))
+        for column, value in enumerate(values.tolist()):
+            x, end = left + round(column * cell), left + round((column + 1) * cell)
+            box = (x, y, max(end - (2 if cell > 4 else 1), x), y + height - 2)
+            draw.rectangle(box, fill=_shade(min(value / 2, 1.0)))
             if value == 0:
-                draw.line((x + 3, y + 3, x + cell - 5, y + 16), fill=_FAINT)
-        told = f"{max(relative):.2f}x most, {sum(v == 0 for v in relative)} dead"
-        draw.text((left + cell * units + 6, y + 2), told, fill=_FAINT, font=_font(11))
+                draw.line((box[0], box[1], box[2], box[3]), fill=_FAINT)
+        draw.text((right, y + height // 2 - 7), notes[row], fill=_FAINT, font=_font(11))
     return _tensor(canvas)
 
 
@@ -259,7 +281,7 @@ def history_map(
     known = values_LN[values_LN.isfinite()]
     least, most = (float(known.min()), float(known.max())) if known.numel() else (0.0, 1.0)
     height = max(8, min(18, 320 // len(names)))
-    head = _Head(title, _Key(_shade, f"{least:.3g}", f"{most:.3g}"))
+    head = _Head(title, _Key(_shade, (f"{least:.3g}", f"{most:.3g}")))
     canvas, draw = _page(WIDTH, head.height + height * len(names) + _LINE + _MARGIN)
     head.draw(draw)
     for row, name in enumerate(names):
@@ -277,54 +299,67 @@ def history_map(
 
 
 def patch_map(chosen_BS: Tensor, grid: tuple[int, int], *, most: int = 8) -> Tensor:
-    """Which patches of images were kept: one square an image, up to `most` of them.
+    """Which patches of images were kept: one square an image, four beside one another.
 
     Args:
         chosen_BS: bool [images, patches], patches row by row.
         grid: rows and columns of patches.
+        most: images shown.
     """
     rows, columns = grid
-    cell = max(3, 128 // max(rows, columns))
-    images = chosen_BS[:most].reshape(-1, rows, columns).cpu()
-    kept, dropped = torch.tensor(_COMPUTED), torch.tensor(_SKIPPED)
-    pictures_BRC3 = torch.where(images[..., None], kept, dropped).to(torch.uint8)
-    pictures_BRC3 = pictures_BRC3.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
-    pictures_BRC3[:, ::cell] = 255
-    pictures_BRC3[:, :, ::cell] = 255
-    gap = torch.full((pictures_BRC3.shape[1], _MARGIN, 3), 255, dtype=torch.uint8)
-    return torch.cat([x for picture in pictures_BRC3 for x in (picture, gap)], dim=1)
+    across = 4
+    cell = max(1, ((WIDTH - _MARGIN) // across - _MARGIN) // max(rows, columns))
+    images_BRC = chosen_BS[:most].reshape(-1, rows, columns).cpu()
+    head = _Head("patches of images", _Key((_COMPUTED, _SKIPPED), ("kept", "left out")))
+    step_x, step_y = columns * cell + _MARGIN, rows * cell + _MARGIN
+    down = -(-len(images_BRC) // across)
+    width = max(WIDTH, _MARGIN + across * step_x)
+    canvas, draw = _page(width, head.height + down * step_y)
+    head.draw(draw)
+    gap = 2 if cell > 2 else 1
+    for place, image_RC in enumerate(images_BRC.tolist()):
+        left = _MARGIN + place % across * step_x
+        top = head.height + place // across * step_y
+        for row, kept_C in enumerate(image_RC):
+            for column, kept in enumerate(kept_C):
+                x, y = left + column * cell, top + row * cell
+                box = (x, y, max(x + cell - gap, x), max(y + cell - gap, y))
+                draw.rectangle(box, fill=_COMPUTED if kept else _SKIPPED)
+    return _tensor(canvas)
 
 
 def _bands(
-    title: str,
+    head: _Head,
     tokens: Sequence[str],
     names: Sequence[str],
-    colours: Sequence[Sequence[tuple[int, ...]]],
+    colours: Sequence[Sequence[Colour]],
     notes: Sequence[str],
 ) -> Tensor:
     """A cell for each layer and token under the text, broken into bands as lines of text are."""
-    per_band, count = 72, len(tokens)
-    bands = range(0, count, per_band)
-    left = _MARGIN + 7 * max(len(name) for name in names) + 10
-    band_height = _LINE + _CELL_HEIGHT * len(names) + 14
-    width = left + _CELL_WIDTH * min(per_band, count) + 56
-    canvas, draw = _page(width, 2 * _MARGIN + _LINE + band_height * len(bands))
-    draw.text((_MARGIN, _MARGIN - 2), title, fill=_INK, font=_font())
+    names = short_names(names)
+    left = _left_of(names)
+    right = WIDTH - _MARGIN - round(6.1 * max(map(len, notes)))
+    per_band = (right - 2 - left) // _CELL
+    row_height = max(3, min(10, 200 // len(names)))
+    band_height = 13 + row_height * len(names) + 6
+    most = max(1, min(4, 320 // band_height)) * per_band
+    bands = range(0, min(len(tokens), most), per_band)
+    canvas, draw = _page(WIDTH, head.height + band_height * len(bands) + _MARGIN)
+    head.draw(draw)
+    labelled = -(-9 // row_height)
     for band, start in enumerate(bands):
-        top = _MARGIN + _LINE + band * band_height
+        top = head.height + band * band_height
         for column, token in enumerate(tokens[start : start + per_band]):
-            x = left + column * _CELL_WIDTH
-            draw.text((x + 2, top), _symbol(token), fill=_INK, font=_font())
+            draw.text((left + column * _CELL, top), _symbol(token), fill=_INK, font=_font(11))
         for row, name in enumerate(names):
-            y = top + _LINE + row * _CELL_HEIGHT
-            draw.text((_MARGIN, y - 1), name, fill=_INK, font=_font(11))
-            x = left
-            for colour in colours[row][start : start + per_band]:
-                box = (x, y, x + _CELL_WIDTH - 2, y + _CELL_HEIGHT - 2)
-                draw.rectangle(box, fill=colour)
-                x += _CELL_WIDTH
-            if band == 0:
-                draw.text((x + 4, y - 1), notes[row], fill=_FAINT, font=_font(11))
+            y = top + 13 + row * row_height
+            if row % labelled == labelled - 1:
+                draw.text((_MARGIN, y - 2), name, fill=_INK, font=_font(10))
+            for column, colour in enumerate(colours[row][start : start + per_band]):
+                x = left + column * _CELL
+                draw.rectangle((x, y, x + _CELL - 2, y + row_height - 2), fill=colour)
+            if band == 0 and row % labelled == labelled - 1:
+                draw.text((right, y - 2), notes[row], fill=_FAINT, font=_font(10))
     return _tensor(canvas)
 
 
@@ -356,7 +391,7 @@ def _font(size: int = 13) -> Any:
     return ImageFont.load_default(size)
 
 
-def _shade(part: float) -> tuple[int, ...]:
+def _shade(part: float) -> Colour:
     """A colour of the scale, 0 to 1."""
     place = min(max(part, 0.0), 1.0) * (len(_SCALE) - 1)
     low = min(int(place), len(_SCALE) - 2)
@@ -365,16 +400,17 @@ def _shade(part: float) -> tuple[int, ...]:
     return tuple(round(a + (b - a) * mix) for a, b in pairs)
 
 
-def _hue(place: float) -> tuple[int, ...]:
+def _hue(place: float) -> Colour:
     """A colour of the wheel, 0 to 1; neighbours differ in lightness too."""
     value = 0.92 if round(place * 64) % 2 == 0 else 0.72
     return tuple(round(255 * part) for part in hsv_to_rgb(place, 0.62, value))
 
 
 def _symbol(token: str) -> str:
-    """One or two characters that stand for a token."""
-    replaced = token.replace("\n", "¬").replace("\t", "»").replace(" ", "·")
-    return "".join(c if c.isprintable() else "¤" for c in replaced)[:2]
+    """A character that stands for a token: its first one that is no blank."""
+    first = (token.strip() or token)[:1]
+    replaced = {"\n": "¬", "\t": "»", " ": "·"}.get(first, first)
+    return replaced if replaced.isprintable() else "¤"
 
 
 def _tensor(canvas: Any) -> Tensor:

@@ -68,7 +68,7 @@ def shown_name(name: str) -> str:
 
     `routing/layers.7/executed_share` is shown as `routing/executed_share/layer_07`.
     """
-    found = _split(name)
+    found = of_layer(name)
     if found is None:
         return name
     prefix, layer, statistic = found
@@ -84,7 +84,7 @@ def shown(values: Mapping[str, float]) -> dict[str, float]:
     out: dict[str, float] = {}
     by_statistic: dict[str, list[float]] = {}
     for name, value in values.items():
-        found = _split(name)
+        found = of_layer(name)
         if found is None:
             out[name] = value
             continue
@@ -98,10 +98,10 @@ def shown(values: Mapping[str, float]) -> dict[str, float]:
     return out
 
 
-_BY_LAYER = ("routing", "validation_routing", "collapse")
+_BY_LAYER = ("routing", "validation_routing", "collapse", "gradients")
 
 
-def _split(name: str) -> tuple[str, str, str] | None:
+def of_layer(name: str) -> tuple[str, str, str] | None:
     """Prefix, layer and statistic of a number that each layer has."""
     prefix, _, rest = name.partition("/")
     layer, slash, statistic = rest.partition("/")

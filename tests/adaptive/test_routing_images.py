@@ -14,6 +14,8 @@ from adaptive.models import Decoder, DecoderConfig
 from adaptive.observe.pictures import (
     _COMPUTED,
     _SKIPPED,
+    WIDTH,
+    Colour,
     _hue,
     chosen_by_layer,
     depth_map,
@@ -26,10 +28,21 @@ from adaptive.observe.pictures import (
 from adaptive.routing.tape import RoutingRecord
 
 
-def pixels(image_HWC: Tensor) -> Counter[tuple[int, ...]]:
+def pixels(image_HWC: Tensor) -> Counter[Colour]:
     assert image_HWC.dtype == torch.uint8
     assert image_HWC.shape[2] == 3
     return Counter(map(tuple, image_HWC.flatten(0, 1).tolist()))
+
+
+def assert_in_proportion(found: Counter[Colour], chosen: Tensor) -> None:
+    """A cell for each that was chosen or not, beside a key that has as much of either colour."""
+    counts = [int(chosen.sum()), int((~chosen).sum())]
+    areas = [found[_COMPUTED], found[_SKIPPED]]
+    cell = (areas[1] - areas[0]) / (counts[1] - counts[0])
+    assert cell == int(cell) > 20
+    key = areas[0] - cell * counts[0]
+    assert 0 < key < 200
+    assert key == areas[1] - cell * counts[1]
 
 
 def test_rows_are_the_layers_and_what_they_chose() -> None:
@@ -58,10 +71,9 @@ def test_a_dark_cell_for_every_token_computed() -> None:
     """The area of each colour is in proportion to the number of tokens."""
     chosen_LT = torch.rand(5, 100, generator=torch.Generator().manual_seed(0)) < 0.3
     names = [f"layers.{i}" for i in range(5)]
-    found = pixels(depth_map(["x"] * 100, names, [True] * 5, chosen_LT))
-    cell = found[_COMPUTED] / int(chosen_LT.sum())
-    assert cell == int(cell) > 50
-    assert found[_SKIPPED] == cell * int((~chosen_LT).sum())
+    image_HWC = depth_map(["x"] * 100, names, [True] * 5, chosen_LT)
+    assert image_HWC.shape[1] == WIDTH
+    assert_in_proportion(pixels(image_HWC), chosen_LT)
 
 
 def test_text_darkens_with_the_layers_that_computed_it() -> None:
@@ -73,13 +85,24 @@ def test_text_darkens_with_the_layers_that_computed_it() -> None:
     assert brightness[1] < brightness[0]
 
 
+def experts_drawn(names: list[str], units: list[int], experts_LT: Tensor) -> Counter[Colour]:
+    """Pixels of an expert map, without those of its key: where all are idle, it has no others."""
+    idle_LT = torch.full_like(experts_LT, max(units))
+    tokens = ["y"] * experts_LT.shape[1]
+    key = pixels(expert_map(tokens, names, units, idle_LT))
+    found = pixels(expert_map(tokens, names, units, experts_LT))
+    for expert in range(max(units)):
+        found[_hue(expert / max(units))] -= key[_hue(expert / max(units))]
+    return found
+
+
 def test_one_colour_for_each_expert() -> None:
     chosen = torch.randint(0, 8, (90, 2), generator=torch.Generator().manual_seed(1))
     record = RoutingRecord("layers.0.ffn", "moe", 90, 180, load=torch.ones(8), chosen=chosen)
     names, units, experts_LT = experts_by_layer([record], tokens=90)
     assert (names, units) == (["layers.0.ffn"], [8])
     assert torch.equal(experts_LT[0], chosen[:, 0])
-    found = pixels(expert_map(["y"] * 90, names, units, experts_LT))
+    found = experts_drawn(names, units, experts_LT)
     counts = torch.bincount(chosen[:, 0], minlength=8).tolist()
     areas = [found[_hue(expert / 8)] for expert in range(8)]
     assert areas == [areas[0] / counts[0] * count for count in counts]
@@ -87,7 +110,7 @@ def test_one_colour_for_each_expert() -> None:
 
 def test_idle_experts_are_pale_and_no_other_expert() -> None:
     experts_LT = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 4]])
-    found = pixels(expert_map(["y"] * 8, ["layers.0.ffn"], [4], experts_LT))
+    found = experts_drawn(["layers.0.ffn"], [4], experts_LT)
     area = found[_hue(1 / 4)]
     # Two tokens go to expert 0, three to one of the two idle ones.
     assert found[_hue(0.0)] == 2 * area
@@ -104,8 +127,9 @@ def test_balanced_loads_have_one_colour_and_dead_experts_are_crossed_out() -> No
 
 def test_patches_kept() -> None:
     kept_BS = torch.rand(3, 64, generator=torch.Generator().manual_seed(2)) < 0.25
-    found = pixels(patch_map(kept_BS, (8, 8)))
-    assert found[_COMPUTED] * int((~kept_BS).sum()) == found[_SKIPPED] * int(kept_BS.sum())
+    image_HWC = patch_map(kept_BS, (8, 8))
+    assert image_HWC.shape[1] == WIDTH
+    assert_in_proportion(pixels(image_HWC), kept_BS)
 
 
 def test_nothing_to_draw_is_said() -> None:
