@@ -1,13 +1,15 @@
 """Trackers as sinks: wandb and mlflow (extra `track`), which keep what they were given.
 
 A killed run has given them steps that come again when it resumes. mlflow tells what it has, and is
-given the rest. wandb's runs on a server are asked for their last step; those written offline
-cannot be asked, and are written anew from metrics.jsonl.
+given the rest: of those steps it keeps what the clock said the first time. wandb's runs on a server
+are asked for their last step; those written offline cannot be asked, and are written anew from
+metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import time
@@ -124,7 +126,7 @@ class Mlflow(Sink):
         now = int(time.time() * 1000)
         new = [
             Metric(name, value, now, step)
-            for name, value in shown(values).items()
+            for name, value in map(_named, shown(values).items())
             if step > self._last.get(name, -1)
         ]
         if len(self._waiting) > 1000:
@@ -153,6 +155,11 @@ class Mlflow(Sink):
     def close(self) -> None:
         self.flush()
         self._client.set_terminated(self._run)
+
+
+def _named(item: tuple[str, float]) -> tuple[str, float]:
+    """A number under a name that mlflow takes: sources of data may be called what they like."""
+    return re.sub(r"[^\w.\- :/]", "_", item[0]), item[1]
 
 
 def _identity(path: Path, first_step: int, make: Any) -> str:
