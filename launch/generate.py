@@ -23,8 +23,7 @@ from adaptive.models.decoder.generate import (
 )
 from adaptive.models.decoder.model import Decoder
 from launch.checkpoint.models import SavedDecoder, add_checkpoint, add_device, load_decoder
-from launch.data.conversations import Conversations
-from launch.data.text import TextConfig
+from launch.data.prompts import first_tokens
 from launch.data.tokenizer import Tokenizer
 from launch.generation import depth
 from launch.generation.text import RoutingWriter, TextWriter
@@ -99,7 +98,7 @@ def write_text(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(data.tokenizer, data.end_of_text)
     # Bytes, whatever they are: a prompt cut in the middle of a character is still a prompt.
     given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
-    prompt = first_tokens(data, tokenizer, given)
+    prompt = first_tokens(data, tokenizer, given, where="--prompt")
     try:
         check_prompts(model, [prompt])
     except ValueError as error:
@@ -132,20 +131,6 @@ def write_text(options: argparse.Namespace) -> None:
         out.close()
     assert made is not None
     print(summary(model, made, seconds=time.perf_counter() - begun), file=sys.stderr)
-
-
-def first_tokens(data: TextConfig, tokenizer: Tokenizer, given: bytes) -> list[int]:
-    """What a model of these data goes on from: the prompt, as training shows it a beginning."""
-    if data.conversations:
-        chat = Conversations(data.chat_template, tokenizer)
-        prompt = chat.ask(os.fsdecode(given), where="--prompt")
-        ids, _ = tokenizer.encode_learnt([(prompt, [])])[0]
-        return [tokenizer.needed_end, *ids.tolist()]
-    prompt_ids = tokenizer.encode_prompt(given)
-    # Behind an end of text a text begins.
-    if tokenizer.end is not None and (not prompt_ids or data.packing == "documents"):
-        return [tokenizer.end, *prompt_ids]
-    return prompt_ids
 
 
 def summary(model: Decoder, made: Generation, *, seconds: float) -> str:

@@ -83,6 +83,8 @@ class Monitor:
         tokens: int,
         seconds: float,
         operations: tuple[float, float] | None = None,
+        details: Mapping[str, float] | None = None,
+        sums: Mapping[str, tuple[Tensor | float, Tensor | float]] | None = None,
     ) -> list[Alarm]:
         """An optimizer step has been taken. Writes, if this one's turn has come.
 
@@ -94,6 +96,9 @@ class Monitor:
             seconds: wall-clock time of the step.
             operations: executed and nominal ones of the global batch, where the caller counted them
                 already; by default they are counted here from the records.
+            details: written beside the scalars and not judged, since one of those tells of them.
+            sums: sum and count on this rank, of which the means over all ranks are written; the
+                same names on every rank.
 
         Returns:
             Alarms raised by it, the same on every rank. They are in the log already.
@@ -107,10 +112,18 @@ class Monitor:
             self._given = (self._given[0] + operations[0], self._given[1] + operations[1])
         if due:
             counted = (0.0, 0.0) if operations is not None else self._flops()
-            summaries, sums = self._training.reduce(counted, steps=self._steps, device=self._device)
-            executed, nominal = (a + b for a, b in zip(sums, self._given, strict=True))
+            pairs = [number for pair in (sums or {}).values() for number in pair]
+            summaries, added = self._training.reduce(
+                [*counted, *pairs], steps=self._steps, device=self._device
+            )
+            executed, nominal = (a + b for a, b in zip(added[:2], self._given, strict=True))
             alarms += self._alarms.check_routing(step, summaries)
-            written = {**scalars, **self._throughput(executed, nominal)}
+            written = {**scalars, **(details or {}), **self._throughput(executed, nominal)}
+            written |= {
+                name: total / count
+                for name, total, count in zip(sums or {}, added[2::2], added[3::2], strict=True)
+                if count
+            }
             written |= {f"loss/{name}": value for name, value in self._training.losses.items()}
             written |= _named(summaries, "routing")
             self._start_window()
@@ -196,6 +209,7 @@ class Monitor:
             out["throughput/executed_share_of_nominal"] = executed / nominal
             if self._peak is not None:
                 out["throughput/mfu"] = executed / seconds / self._peak
+                out["throughput/peak_flops_per_second"] = self._peak
         return out
 
     def _start_window(self) -> None:

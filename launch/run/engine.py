@@ -21,6 +21,7 @@ from launch.checkpoint.shards import MOMENTS, TAG, link_moments, set_whole, writ
 from launch.checkpoint.state import WholeState
 from launch.run.errors import BadInput
 from launch.run.experts import count_every_expert_once, declare_experts, expert_groups
+from launch.run.gradient_groups import gradient_norms
 from launch.run.log import without_monitors
 from launch.run.optimizer import audit_groups, parameter_groups
 from launch.run.sections import RunConfig
@@ -119,6 +120,13 @@ class Engine:
         """Global norm before clipping, of the last step."""
         norm = self._engine.get_global_grad_norm() if self.zero_stage else self._gradient_norm
         return None if norm is None else float(norm)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norms before clipping by part of the model, between a batch's last backward and step.
+
+        Collective: one all-reduce.
+        """
+        return gradient_norms(self.named_parameters(), self.mesh, self._engine.optimizer)
 
     def forward(
         self, batch: Batch, function: Callable[[nn.Module, Batch], Any] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class StepReport:
         stop: whether some rank was asked to end.
         records: of this rank's last micro-batch.
         waited: seconds in which this rank had no batch to compute.
+        gradient_norms: before clipping, by part of the model, where they were asked for.
     """
 
     loss: float
@@ -74,6 +75,7 @@ class StepReport:
     stop: bool
     records: list[RoutingRecord]
     waited: float = 0.0
+    gradient_norms: dict[str, float] = field(default_factory=dict)
 
 
 class Loop:
@@ -117,8 +119,12 @@ class Loop:
         trained = [n for n, p in self._shapes.named_parameters() if p.requires_grad and p.numel()]
         self._unmoved = trained
 
-    def step(self) -> StepReport:
-        """Take one optimizer step on the next rows of the stream."""
+    def step(self, *, gradient_norms: bool = False) -> StepReport:
+        """Take one optimizer step on the next rows of the stream.
+
+        Args:
+            gradient_norms: also take those of the model's parts; the same on every rank.
+        """
         train, mesh, engine = self.config.train, self.engine.mesh, self.engine
         number = self.state.phase_step
         self._begin("batch")
@@ -134,7 +140,8 @@ class Loop:
         sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
         engine.train()
         records: list[RoutingRecord] = []
-        for own, batch in parts:
+        norms: dict[str, float] = {}
+        for part, (own, batch) in enumerate(parts, 1):
             self._seed(own)
             self._begin("forward")
             with RoutingTape(engine.model, scope=scope) as tape:
@@ -142,6 +149,8 @@ class Loop:
             self._begin("backward")
             engine.backward(loss_sum * (engine.replicas / targets) + tape.loss())
             self._begin("optimizer step")
+            if gradient_norms and part == len(parts):
+                norms = engine.gradient_norms()
             engine.step(learning_rate_at(number, train))
             with region("monitor"):
                 if self.monitor is not None:
@@ -154,7 +163,14 @@ class Loop:
         _sum_over(sums, mesh)
         loss, executed, nominal, stop = sums.tolist()
         report = StepReport(
-            loss / targets, tokens, executed, nominal, stop > 0, records, self._ahead.waited
+            loss / targets,
+            tokens,
+            executed,
+            nominal,
+            stop > 0,
+            records,
+            self._ahead.waited,
+            norms,
         )
         self._advance(report)
         self._done |= {"batch", "forward", "backward", "optimizer step"}

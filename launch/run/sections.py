@@ -135,6 +135,30 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class SamplesConfig:
+    """Texts that a language model goes on with while it trains, shown where texts are shown.
+
+    Attributes:
+        prompts: what it goes on from; empty: the beginning of the first held-out text.
+        tokens: drawn behind each; 0: nothing is sampled.
+        every: evaluations from one to the next; there is one at the end too.
+        temperature: divides the logits; 0 takes the likeliest token.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
+
+    prompts: list[str] = field(default_factory=list)
+    tokens: int = 48
+    every: int = 1
+    temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 10**6, "tokens")
+        _within(self, 1, LARGEST_WHOLE, "every")
+        _within(self, 0, 1e6, "temperature")
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     """What is written while training.
 
@@ -143,10 +167,12 @@ class MonitorConfig:
         sinks: what else is written: csv (OUTPUT/metrics.csv), wandb, mlflow, deepspeed (those that
             section deepspeed enables of tensorboard and csv_monitor, in OUTPUT/deepspeed).
         project: of wandb, and the experiment of mlflow.
-        peak_tflops: operations that one device could do, in 10^12 a second, for throughput/mfu;
+        peak_tflops: operations that one rank's device could do, in 10^12 a second, for
+            throughput/mfu; "measured" takes what large products reach here, on all ranks at once;
             null: not written.
         every: steps between records of the routing (they are also lines of OUTPUT/metrics.jsonl).
         images_every: steps between histograms and routing images; 0: at evaluations only.
+        samples: of texts: prompts, tokens, every, temperature.
         on_alarm: "warn" prints an alarm and goes on, "stop" ends the run.
     """
 
@@ -155,19 +181,26 @@ class MonitorConfig:
     tensorboard: bool = True
     sinks: list[Literal["csv", "wandb", "mlflow", "deepspeed"]] = field(default_factory=list)
     project: str = "adaptive"
-    peak_tflops: float | None = None
+    peak_tflops: float | Literal["measured"] | None = None
     every: int = 10
     images_every: int = 0
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     on_alarm: Literal["warn", "stop"] = "warn"
 
     def __post_init__(self) -> None:
         _within(self, 1, LARGEST_WHOLE, "every")
         _within(self, 0, LARGEST_WHOLE, "images_every")
-        _within(self, 1e-6, 1e9, "peak_tflops")
+        if self.peak_tflops != "measured":
+            _within(self, 1e-6, 1e9, "peak_tflops")
         if not self.project.strip():
             raise ValueError(f"project={self.project!r}: must be a name")
         if len(set(self.sinks)) < len(self.sinks):
             raise ValueError(f"sinks={self.sinks}: must name each once")
+
+    @property
+    def shows_texts(self) -> bool:
+        """Whether what is sampled can be seen anywhere."""
+        return self.tensorboard or not {"wandb", "mlflow"}.isdisjoint(self.sinks)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from launch.run.marks import FINISHED, STOPPED, Marks
 from launch.run.marks import clear as clear_marks
 from launch.run.memory import memory_in_use
 from launch.run.optimizer import learning_rate_at
+from launch.run.peak import dtype_of, measured_peak
 from launch.run.preflight import changed_settings, check_continues
 from launch.run.progress import Progress, final_summary
 from launch.run.ranks import StopRequest, is_first, join_ranks
@@ -132,13 +133,13 @@ def _run_phase(
     task = task_class(config.task)(config, mesh=mesh, device=device)
     with announced("building the model and its optimizer"):
         engine = Engine(config, task, mesh=mesh, device=device)
-    tflops = config.monitor.peak_tflops
+    peak = _peak(config, device)
     monitor = Monitor(
         engine.model,
         log=log,
         every=config.monitor.every,
         group=mesh.token_group,
-        peak=None if tflops is None else tflops * 1e12 * dist.get_world_size(),
+        peak=None if peak is None else peak * dist.get_world_size(),
         device=device,
     )
     loop = Loop(config, task, engine, state=state, stop=stop, monitor=monitor, marks=marks)
@@ -146,6 +147,8 @@ def _run_phase(
     name = run_config.phases[state.phase].name if run_config.phases else "step"
     progress = Progress(steps=train.steps, every=train.log_every, name=name, speak=is_first())
     progress.say(engine.audit)
+    if config.monitor.peak_tflops == "measured" and peak is not None:
+        progress.say(f"large products reach {peak / 1e12:.3g} TFLOP/s on each rank: MFU is of that")
     task.start_phase(engine)
     if source is None and config.checkpoint.weights is not None:
         marks("reading a checkpoint", slow=True)
@@ -167,9 +170,9 @@ def _run_phase(
     checkpoint: Path | None = None
     while loop.state.phase_step < train.steps and not asked:
         since = time.perf_counter()
-        first = loop.state.phase_step == begun
+        first, due = loop.state.phase_step == begun, monitor.due(loop.state.step + 1)
         with announced("taking the first step", speak=None if first else False):
-            report = loop.step()
+            report = loop.step(gradient_norms=due)
         loop.check_moved()
         number, step, asked = loop.state.phase_step, loop.state.step, report.stop
         learning_rate = learning_rate_at(number - 1, train)
@@ -181,7 +184,7 @@ def _run_phase(
             progress.say(f"operations are not counted: {loop.uncounted}")
         scalars = {"loss/train": report.loss, "learning_rate": learning_rate}
         scalars["data/waiting"] = report.waited / seconds
-        if monitor.due(step):
+        if due:
             if norm is not None:
                 scalars["gradient_norm"] = norm
             scalars |= memory_in_use(device)
@@ -191,6 +194,8 @@ def _run_phase(
             tokens=report.tokens,
             seconds=seconds,
             operations=(report.executed_flops, report.nominal_flops),
+            details={f"gradients/{name}": of for name, of in report.gradient_norms.items()},
+            sums={f"loss/train/{k}": v for k, v in task.training_sums().items()} if due else {},
         )
         _handle_alarms(alarms, config, progress, loss=report.loss)
         evaluates = _due(number, train.evaluate_every) or number == train.steps
@@ -208,14 +213,26 @@ def _run_phase(
         images = config.monitor.images_every
         if _due(number, images) if images else evaluates:
             marks("pictures", slow=True)
-            monitor.histograms(step, report.records)
             task.report(engine, step, log)
+            monitor.histograms(step, report.records)
+        spoken = train.evaluate_every * config.monitor.samples.every
+        if config.monitor.shows_texts and (_due(number, spoken) or number == train.steps):
+            marks("samples", slow=True)
+            task.sample(engine, step, log)
         checkpoint = None
         if _due(number, config.checkpoint.every) or number == train.steps or asked:
             checkpoint = loop.save()
     loop.close()
     assert checkpoint is not None
     return checkpoint, loop.state, asked and loop.state.phase_step < train.steps
+
+
+def _peak(config: RunConfig, device: torch.device) -> float | None:
+    """Operations a second that a rank's device could do: given, measured, or not known."""
+    stated = config.monitor.peak_tflops
+    if stated == "measured":
+        return measured_peak(device, dtype_of(config.deepspeed))
+    return None if stated is None else stated * 1e12
 
 
 def _keeps_moments(run_config: RunConfig, state: RunState) -> bool:

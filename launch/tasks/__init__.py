@@ -126,6 +126,13 @@ class Task(ABC):
         `model` is the module from `build_model`; auxiliary losses go to the current RoutingTape.
         """
 
+    def training_sums(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sum and count, on this rank since the last call, of losses of kinds of training rows.
+
+        The same names on every rank; added up, `NAME` becomes `loss/train/NAME`.
+        """
+        return {}
+
     def work(self, batch: Batch) -> Work | None:
         """What a forward of the batch computes, for `adaptive.flops`; None: not counted."""
         return None
@@ -171,6 +178,9 @@ class Task(ABC):
 
     def report(self, engine: TrainedModel, step: int, log: MetricLog | None) -> None:  # noqa: B027
         """Write images or texts at an evaluation. Every rank calls it; rank 0 has the log."""
+
+    def sample(self, engine: TrainedModel, step: int, log: MetricLog | None) -> None:  # noqa: B027
+        """Write texts that the model makes, as `monitor.samples` asks. Every rank calls it."""
 
     def generation_command(self, checkpoint: Path) -> str | None:
         """The command that generates text or images from a checkpoint, printed at a run's end."""

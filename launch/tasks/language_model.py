@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.flops import Work
+from adaptive.models.decoder.generate import Sampling, non_causal_layers
 from adaptive.models.decoder.model import Decoder, DecoderConfig
 from adaptive.observe.metric_log import MetricLog
 from adaptive.routing.collapse import FluctuationProbe
@@ -22,6 +23,7 @@ from launch.checkpoint.growth import grow_whole
 from launch.checkpoint.state import WholeState
 from launch.data.mixture import Mixture
 from launch.data.packing import Row
+from launch.data.prompts import first_tokens
 from launch.data.text import Corpus, Source, TextConfig, open_corpus
 from launch.data.tokenizer import Tokenizer
 from launch.run.errors import BadInput
@@ -30,6 +32,7 @@ from launch.run.sections import RunConfig
 from launch.run.terminal import command
 from launch.tasks import Batch, Sums, Task, TrainedModel
 from launch.tasks.pictures import show_routing
+from launch.tasks.samples import continued, shown_samples
 from parallel.context import own_context_rows
 from parallel.mesh import Mesh
 from parallel.rows import even_shards
@@ -47,6 +50,8 @@ class LanguageModelTask(Task):
         self._probe = FluctuationProbe()
         self._apart = config.data.packing == "documents"
         self._mixture: Mixture | None = None
+        # Of each source, losses and tokens of training on this rank since they were asked for.
+        self._by_source = torch.zeros(len(config.data.names), 2, dtype=torch.float64, device=device)
         self._row = 0  # behind the last one of the stream that was asked for
 
     @classmethod
@@ -63,6 +68,7 @@ class LanguageModelTask(Task):
                 f"model.max_seq_len={config.model.max_seq_len}"
             )
         open_corpus(config.data)
+        _prompts(config)
 
     @property
     def corpus(self) -> Corpus:
@@ -80,15 +86,19 @@ class LanguageModelTask(Task):
         return self._mixture
 
     def batch(self, rows: range) -> Batch:
-        seed, found = self.config.train.seed, []
+        seed, found, numbers = self.config.train.seed, [], []
         for row in rows:
             number, index = self.mixture.locate(row)
+            numbers.append(number)
             source = self.corpus.sources[number]
             if self._apart:
                 found.append(source.packed_row("train", source.packed_place(seed, index)))
             else:
                 found.append(source.train_row(seed, index))
-        return _stacked(found)
+        batch = _stacked(found)
+        return (
+            batch if len(self.mixture.names) == 1 else {**batch, "sources": torch.tensor(numbers)}
+        )
 
     def tokens(self, rows: range) -> int:
         self._row = rows.stop
@@ -110,7 +120,37 @@ class LanguageModelTask(Task):
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(model, Decoder)
         ids, targets, layout = _packed(batch)
-        return model.token_losses(ids, targets, layout=layout).sum()
+        losses_T = model.token_losses(ids, targets, layout=layout)
+        # A census has no gradients, and is of the same rows.
+        if len(self._by_source) > 1 and torch.is_grad_enabled():
+            self._by_source += self._sums_by_source(losses_T.detach(), targets, batch)
+        return losses_T.sum()
+
+    def training_sums(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The loss of each source, where there are several."""
+        names, sums = self.config.data.names, self._by_source
+        self._by_source = torch.zeros_like(sums)
+        if len(names) == 1:
+            return {}
+        return {name: (own[0], own[1]) for name, own in zip(names, sums, strict=True)}
+
+    def _sums_by_source(self, losses_T: Tensor, targets: Tensor, batch: Batch) -> Tensor:
+        """Loss and targets of each source on this rank, float64 [sources, 2]."""
+        shards = self.mesh.shards
+        own = even_shards(targets.numel(), shards) if shards > 1 else None
+        source_B = batch.get("sources", torch.zeros(1, dtype=torch.int64))
+        source_BS = source_B[:, None].expand_as(batch["input_ids"])
+        source_T = source_BS.flatten().to(losses_T.device)
+        if "documents" in batch:
+            source_T = source_T[layout_from_documents(batch["documents"], source_T.device)[1]]
+        # Context ranks have the losses of their own tokens only.
+        source_T = own_context_rows(source_T, self.mesh, shard_sizes=own)
+        counted_T = own_context_rows(targets.flatten() >= 0, self.mesh, shard_sizes=own)
+        sums = []
+        for number in range(len(self._by_source)):
+            mine_T = source_T == number
+            sums += [losses_T.where(mine_T, 0).sum(), (counted_T & mine_T).sum()]
+        return torch.stack([x.double() for x in sums]).unflatten(0, (-1, 2))
 
     def adapt(self, whole: WholeState) -> WholeState:
         """Grow parameter tokens, where this phase's model is a TokenFormer that has more."""
@@ -152,22 +192,12 @@ class LanguageModelTask(Task):
         assert isinstance(model, Decoder)
         ids, targets, layout = _packed(batch)
         losses_T = model.token_losses(ids, targets, layout=layout)
-        # Context ranks have the losses of their own tokens only.
-        shards = self.mesh.shards
-        own = even_shards(targets.numel(), shards) if shards > 1 else None
-        counted_T = own_context_rows(targets.flatten() >= 0, self.mesh, shard_sizes=own)
-        sums: Sums = {"loss": (losses_T.sum(), int(counted_T.sum()))}
+        by_source = self._sums_by_source(losses_T, targets, batch)
+        sums: Sums = {"loss": (losses_T.sum(), int(by_source[:, 1].sum()))}
         names = self.config.data.names
         if len(names) > 1:
-            source_BS = batch["sources"][:, None].expand_as(batch["input_ids"])
-            source_T = source_BS.flatten().to(losses_T.device)
-            if layout is not None:
-                source_T = source_T[layout_from_documents(batch["documents"], source_T.device)[1]]
-            source_T = own_context_rows(source_T, self.mesh, shard_sizes=own)
-            for number, name in enumerate(names):
-                mine_T = source_T == number
-                count = int((counted_T & mine_T).sum())
-                sums[f"loss/{name}"] = (losses_T.where(mine_T, 0).sum(), count)
+            for name, (loss, count) in zip(names, by_source, strict=True):
+                sums[f"loss/{name}"] = (loss, int(count))
         return sums
 
     def report(self, engine: TrainedModel, step: int, log: MetricLog | None) -> None:
@@ -177,12 +207,56 @@ class LanguageModelTask(Task):
         texts = [tokenizer.decode([token]) for token in ids_S.tolist()]
         show_routing(engine, ids_S, texts, step, log, self._probe)
 
+    def sample(self, engine: TrainedModel, step: int, log: MetricLog | None) -> None:
+        """What the model goes on with behind the prompts."""
+        asked, data, model = self.config.monitor.samples, self.config.data, self.config.model
+        if not asked.tokens or non_causal_layers(engine.model):
+            return
+        tokenizer = Tokenizer(data.tokenizer, data.end_of_text)
+        prompts = _prompts(self.config)
+        if not prompts:
+            half = min(asked.tokens, model.max_seq_len // 2)
+            ids_S = self.corpus.validation_row(0)[: max(half, 1)].tolist()
+            prompts = {tokenizer.decode(ids_S): ids_S}
+        made = continued(
+            engine,
+            list(prompts.values()),
+            tokens=asked.tokens,
+            sampling=Sampling(asked.temperature),
+            vocab_size=tokenizer.vocab_size,
+            longest=model.max_seq_len,
+            end=tokenizer.end,
+        )
+        if log is not None:
+            texts = [tokenizer.decode(tokens) for tokens in made]
+            log.text(step, "samples", shown_samples(list(prompts), texts))
+
     def generation_command(self, checkpoint: Path) -> str:
         prompt = "What can you do?" if self.config.data.conversations else "def "
         return command("launch.generate", checkpoint, "--prompt", prompt)
 
 
-def _stacked(rows: Sequence[np.ndarray | Row]) -> Batch:
+def _prompts(config: RunConfig) -> dict[str, list[int]]:
+    """Token ids of the prompts of `monitor.samples`.
+
+    Raises:
+        BadInput: one has none, or leaves no room behind it.
+    """
+    data, longest = config.data, config.model.max_seq_len
+    tokenizer = Tokenizer(data.tokenizer, data.end_of_text)
+    found = {}
+    for number, prompt in enumerate(config.monitor.samples.prompts):
+        where = f"monitor.samples.prompts[{number}]"
+        found[prompt] = first_tokens(data, tokenizer, prompt.encode(), where=where)
+        if not 1 <= len(found[prompt]) < longest:
+            raise BadInput(
+                f"{where}: has {len(found[prompt])} tokens, must have at least 1 and fewer than "
+                f"model.max_seq_len={longest}"
+            )
+    return found
+
+
+def _stacked(rows: Sequence[np.ndarray | Row]) -> dict[str, Tensor]:
     """Rows as a batch: windows, whose last token is only a target, or packed documents."""
     if isinstance(rows[0], Row):
         names = Row._fields

@@ -63,13 +63,14 @@ def tiny_config(folder: Path, **sections: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Outcome:
-    """Losses of every step, weights after the last, validation metrics, state."""
+    """Losses and norms of every step, weights after the last, validation metrics, state."""
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, Tensor]
     validation: dict[str, float]
     state: RunState
+    norms_of_parts: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
 def make_loop(config: RunConfig, state: RunState | None = None) -> Loop:
@@ -87,13 +88,15 @@ def train_few(tree: dict[str, Any], stages: tuple[int, ...]) -> dict[int, Outcom
         tree = {**tree, "deepspeed": {"zero_optimization": {"stage": stage}}}
         config = from_mapping(tree)
         loop = make_loop(config)
-        losses, norms = [], []
+        losses, norms, parts = [], [], []
         for _ in range(config.train.steps):
-            losses.append(loop.step().loss)
+            report = loop.step(gradient_norms=True)
+            losses.append(report.loss)
+            parts.append(report.gradient_norms)
             loop.check_moved()
             norms.append(loop.engine.gradient_norm or 0.0)
         weights = loop.engine.full_weights()
-        outcomes[stage] = Outcome(losses, norms, weights, loop.evaluate(), loop.state)
+        outcomes[stage] = Outcome(losses, norms, weights, loop.evaluate(), loop.state, parts)
         loop.engine.close()
         torch.manual_seed(0)
     return outcomes

@@ -13,12 +13,15 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from adaptive.models.decoder.generate import Sampling, generate
 from adaptive.observe.metric_log import MetricLog, read_metrics
 from adaptive.observe.monitor import Monitor
 from adaptive.routing.summary import RoutingWindow
 from adaptive.routing.tape import RoutingRecord
+from launch.checkpoint.models import load_decoder
 from launch.run.config import load_config
 from launch.run.training import run
+from launch.tasks.samples import shown_samples
 from tests.ranks import run_ranks
 
 RECIPE = {
@@ -32,7 +35,10 @@ RECIPE = {
     },
     "data": {"seq_len": 32, "validation_rows": 4},
     "train": {"steps": 2, "batch_size": 4, "warmup_steps": 1, "calibrate_rows": 4},
-    "monitor": {"every": 1, "tensorboard": False},
+    "monitor": {
+        "every": 1,
+        "samples": {"prompts": ["def f(", "x"], "tokens": 6, "temperature": 0},
+    },
 }
 
 
@@ -120,18 +126,29 @@ def run_here(words: list[str]) -> None:
         run(load_config(words[0], words[1:]))
 
 
-def test_every_mesh_logs_the_same_numbers(tmp_path: Path) -> None:
-    """Losses, routing and operations of a run do not depend on how ranks share it."""
+def samples(output: Path) -> str:
+    """What TensorBoard shows of the texts that were sampled last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "tensorboard" / output.name), {"tensors": 0}).Reload()
+    shown = events.Tensors("samples/text_summary")[-1].tensor_proto.string_val[0]
+    return str(shown.decode())
+
+
+def test_every_mesh_logs_the_same_numbers_and_texts(tmp_path: Path) -> None:
+    """Losses, routing, operations, gradients and samples do not depend on how ranks share a run."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
-    logs = []
+    logs, texts = [], []
     for name, ranks, mesh in (
         ("one", 1, []),
         ("sequence", 2, ["parallel.tensor=2", "parallel.sequence_parallel=true"]),
         ("context", 2, ["parallel.context=2"]),
+        ("sharded", 2, ["deepspeed.zero_optimization.stage=3"]),
     ):
         run_ranks(run_here, ranks, [str(path), f"output={tmp_path / name}", *mesh], timeout=120)
         lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        texts.append(samples(tmp_path / name))
         logs.append(
             [
                 {k: v for k, v in line.items() if not re.search("second|memory|waiting", k)}
@@ -140,7 +157,17 @@ def test_every_mesh_logs_the_same_numbers(tmp_path: Path) -> None:
         )
     one, *others = logs
     assert [line["step"] for line in one] == [1, 2, 2]
+    assert one[0]["gradients/layers.1/attention"] > 0
     for other in others:
         for line, wanted in zip(other, one, strict=True):
             # Sums in another order: gradients of two steps differ by less than 1e-5.
             assert line == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    # As the finished checkpoint generates, with a cache and one text at a time.
+    saved = load_decoder(tmp_path / "one", device="cpu")
+    for prompt in (b"def f(", b"x"):
+        *_, made = generate(
+            saved.model, [list(prompt)], max_new_tokens=6, sampling=Sampling(0), end=0
+        )
+        text = bytes(made.tokens[0]).decode(errors="replace")
+        assert shown_samples([prompt.decode()], [text]) in texts[0]
+    assert texts == [texts[0]] * 4

@@ -31,6 +31,12 @@ def assert_same(outcome: Outcome, reference: Outcome, of: Any) -> None:
     # 1e-5: float32 sums in another order; the losses are about 5.5, weights about 0.02 to 1.
     assert outcome.losses == pytest.approx(reference.losses, abs=1e-5), of
     assert outcome.norms == pytest.approx(reference.norms, rel=1e-4), of
+    for parts, norm, wanted in zip(
+        outcome.norms_of_parts, outcome.norms, reference.norms_of_parts, strict=True
+    ):
+        assert parts == pytest.approx(wanted, rel=1e-4), of
+        # All of them together are what the engine itself clips by.
+        assert sum(part**2 for part in parts.values()) ** 0.5 == pytest.approx(norm, rel=1e-5), of
     assert outcome.validation == pytest.approx(reference.validation, abs=1e-5), of
     assert outcome.weights.keys() == reference.weights.keys(), of
     for name, weight in reference.weights.items():
@@ -50,3 +56,11 @@ def test_every_number_of_ranks_and_zero_stage_trains_the_same(
         assert_same(results[0][stage], reference, of=f"{ranks} ranks, ZeRO {stage}:")
         assert all(result[stage].losses == results[0][stage].losses for result in results)
     assert reference.losses[-1] < reference.losses[0]
+    assert reference.norms_of_parts[0].keys() >= {
+        "embedding",
+        "layers.0/attention",
+        "layers.1/ffn",
+        "layers.1/norm",
+        "layers.1/router",
+        "norm",
+    }

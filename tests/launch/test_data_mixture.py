@@ -72,7 +72,7 @@ def run_one(tree: dict[str, Any]) -> None:
 
 
 def test_a_run_of_several_sources_goes_on_and_measures_each(tmp_path: Path) -> None:
-    """Interrupted or not, the same losses; a held-out loss of every source; one alone at first."""
+    """Interrupted or not, the same losses; a loss of every source, in training and held out."""
     for name, text in (("a", "one of the first "), ("b", "another sort of text "), ("c", "0123 ")):
         (tmp_path / f"{name}.txt").write_text(text * 300)
     sources = [
@@ -82,6 +82,7 @@ def test_a_run_of_several_sources_goes_on_and_measures_each(tmp_path: Path) -> N
     ]
     data = {"path": None, "sources": sources, "validation_fraction": 0.2, "seq_len": 32}
     losses = {}
+    order = Mixture({"a.txt": 0.7, "other": 0.2, "c.txt": 0.1})
     for name, halves in (("whole", (6,)), ("halves", (3, 6))):
         for steps in halves:
             tree = tiny_config(tmp_path, data=data, output=str(tmp_path / name))
@@ -90,10 +91,21 @@ def test_a_run_of_several_sources_goes_on_and_measures_each(tmp_path: Path) -> N
             tree["checkpoint"] = {"every": 3}
             if steps == 3:
                 tree["train"] |= {"steps": 3}
-            run_ranks(run_one, 1, tree, timeout=120)
+            else:
+                tree["train"] |= {"micro_batch_size": 2}
+            run_ranks(run_one, 2 if name == "whole" else 1, tree, timeout=120)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         losses[name] = [r["loss/train"] for r in records if "loss/train" in r]
+        for record in (r for r in records if "loss/train" in r):
+            # Rows are of one length: the loss is the mean of the sources' by the rows of each.
+            rows = range(8 * record["step"] - 8, 8 * record["step"])
+            given = Counter(order.names[order.locate(row)[0]] for row in rows)
+            found = {key.removeprefix("loss/train/"): v for key, v in record.items()}
+            found = {source: v for source, v in found.items() if source in order.names}
+            assert found.keys() == given.keys()
+            mean = sum(found[source] * count for source, count in given.items()) / 8
+            assert mean == pytest.approx(record["loss/train"], rel=1e-6)
         for source in ("a.txt", "other", "c.txt"):
             assert any(f"validation/loss/{source}" in record for record in records)
         assert all(0 <= r["data/waiting"] < 1 for r in records if "data/waiting" in r)

@@ -19,9 +19,10 @@ from adaptive.models.decoder.generate import Sampling, generate
 from launch.checkpoint.files import load_model, save_tensors, write_description
 from launch.checkpoint.models import load_decoder
 from launch.checkpoint.state import RunState
+from launch.data.prompts import first_tokens
 from launch.data.text import TextConfig
 from launch.data.tokenizer import Tokenizer
-from launch.generate import calibrate_on_held_out, first_tokens, main
+from launch.generate import calibrate_on_held_out, main
 from launch.generation.text import TextWriter, streaming_decoder
 from launch.run.config import from_mapping
 from launch.run.terminal import visible

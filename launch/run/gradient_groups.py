@@ -1,0 +1,98 @@
+"""Gradient norms by part of a model: attention, feed-forward, router and norms of every layer.
+
+Whoever holds a gradient, and however many times it is held, one all-reduce adds up all of them:
+each rank gives its squares as shares of the ranks that hold the same numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.gradients import is_expert
+from parallel.mesh import Mesh
+from parallel.tensor import is_split
+
+_ROUTERS = {"router", "predictor"}
+_WRAPPERS = {"block"}
+"""Modules that only hold a layer's own: `layers.1.block.attention` is the attention of layer 1."""
+
+
+def gradient_group(name: str) -> str:
+    """The part of a model that a parameter belongs to, by its name.
+
+    `layers.7.block.attention.query.weight` is of `layers.7/attention`; what lies outside of layers
+    of its first module: `embedding`.
+    """
+    found = re.match(r"(.*?\.\d+)\.(.+)", name)
+    if found is None:
+        return name.partition(".")[0]
+    layer, rest = found[1], [part for part in found[2].split(".") if part not in _WRAPPERS]
+    if _ROUTERS & set(rest):
+        return f"{layer}/router"
+    return f"{layer}/norm" if rest[0].endswith("_norm") else f"{layer}/{rest[0]}"
+
+
+def gradient_norms(
+    parameters: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, optimizer: Any
+) -> dict[str, float]:
+    """2-norms of the averaged gradient before clipping, by `gradient_group`. A collective.
+
+    Args:
+        parameters: of the model, by name.
+        mesh: how the ranks share it.
+        optimizer: DeepSpeed's, between the last backward of a step and the step.
+    """
+    trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+    groups = list(dict.fromkeys(gradient_group(name) for name in trained))
+    if not groups:
+        return {}
+    device = next(iter(trained.values())).device
+    where, norms, copies = [], [], []
+    for name, parameter in trained.items():
+        own = _own_gradient(parameter)
+        if own is not None:
+            where.append(groups.index(gradient_group(name)))
+            norms.append(torch.linalg.vector_norm(own, dtype=torch.float64).to(device))
+            copies.append(_copies(parameter, mesh))
+    squares = torch.zeros(len(groups), dtype=torch.float64, device=device)
+    if norms:
+        shares = torch.stack(norms).square() / torch.tensor(copies, device=device)
+        squares.index_add_(0, torch.tensor(where, device=device), shares)
+    if mesh.world > 1:
+        dist.all_reduce(squares)
+    scale = float(getattr(optimizer, "loss_scale", 1.0))
+    return dict(zip(groups, (squares.sqrt() / scale).tolist(), strict=True))
+
+
+def _own_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """What this rank holds of a parameter's averaged gradient; None: nothing."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_grad
+
+        return safe_get_local_grad(parameter)
+    mapping: Any = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return None if hasattr(parameter, "_hp_mapping") else parameter.grad
+    index = parameter._index_in_param_group  # type: ignore[attr-defined]
+    fragment: Tensor = mapping.get_lp_grad_fragment(index)
+    own = mapping.lp_fragment_address
+    if fragment.numel() > own.numel:  # its 16-bit optimizer keeps whole ones
+        return fragment.flatten().narrow(0, own.start, own.numel)
+    return fragment
+
+
+def _copies(parameter: nn.Parameter, mesh: Mesh) -> float:
+    """Ranks that hold the same numbers of a parameter's gradient."""
+    slices = (mesh.tensor if is_split(parameter) else 1) * (
+        mesh.expert if is_expert(parameter) else 1
+    )
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        # ZeRO has parted it among those that hold the same weights.
+        slices *= mesh.expert_data if is_expert(parameter) else mesh.replicas
+    return mesh.world / slices
