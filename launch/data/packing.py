@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from launch.data.token_files import Tokens
+from launch.run.errors import BadInput
 
 
 class Row(NamedTuple):
@@ -108,8 +109,10 @@ def packed_rows(tokens: Tokens, span: int, *, long: str) -> PackedRows:
         long: what becomes of a document that is longer than a row: "split" into pieces, "cut" at
             the end of the row, "drop".
     """
-    starts = np.concatenate([[0], tokens.ends[:-1]]).astype(np.int64)[: len(tokens.ends)]
-    lengths = (tokens.ends - starts).astype(np.int64)
+    ends = tokens.ends[:]
+    lengths = np.diff(ends, prepend=0)
+    starts = (ends - lengths)[lengths > 0]
+    lengths = lengths[lengths > 0]
     begins = np.ones(len(starts), bool)
     longer = lengths > span
     cut = dropped = 0
@@ -128,13 +131,10 @@ def packed_rows(tokens: Tokens, span: int, *, long: str) -> PackedRows:
         starts, lengths, begins = starts[~longer], lengths[~longer], begins[~longer]
     if tokens.counts is not None:
         # What was cut off may have been all that is learnt.
-        learnt = np.array(
-            [
-                length < span or bool(tokens.counts[start : start + length].any())
-                for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
-            ],
-            bool,
-        )
+        learnt = np.ones(len(starts), bool)
+        for place in np.flatnonzero(lengths == span).tolist():
+            start = int(starts[place])
+            learnt[place] = tokens.counts[start : start + span].any()
         dropped += int((~learnt).sum())
         starts, lengths, begins = starts[learnt], lengths[learnt], begins[learnt]
     row_of_piece, rows = fit(lengths, span)
@@ -218,7 +218,16 @@ def save_rows(packed: PackedRows, folder: Path) -> None:
 
 
 def load_rows(folder: Path) -> PackedRows:
-    """What `save_rows` wrote, memory-mapped."""
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS]
-    cut, dropped = np.load(folder / "counts.npy").tolist()
-    return PackedRows(*arrays, cut, dropped)
+    """What `save_rows` wrote, memory-mapped.
+
+    Raises:
+        BadInput: it is damaged.
+    """
+    try:
+        starts, lengths, begins, rows = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS
+        )
+        cut, dropped = np.load(folder / "counts.npy").tolist()
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{folder}: is damaged, delete it: {error}") from None
+    return PackedRows(starts, lengths, begins, rows, cut, dropped)

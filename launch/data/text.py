@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from launch.data.mixture import Mixture
 from launch.data.packing import PackedRows, Row, load_rows, packed_rows, save_rows
 from launch.data.sources import CACHE_TAG, File, check_path, find_files
 from launch.data.token_files import (
+    Ends,
     JoinedArrays,
     PartOfArray,
     Tokens,
@@ -156,6 +158,7 @@ class Source:
     def __init__(self, config: TextConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.dropped = 0
+        self._identity: list[str] = []  # of all documents, in their order
         self.train, self.validation = self._open()
         self._packed: dict[str, PackedRows] = {}
         if config.packing == "documents":
@@ -224,7 +227,7 @@ class Source:
                 raise BadInput(
                     f"{folder}: was encoded with another data.tokenizer or data.end_of_text"
                 )
-            self.dropped = int(meta["dropped"])
+            self.dropped, self._identity = int(meta["dropped"]), [meta["key"]]
             splits = []
             for split in SPLITS:
                 tokens = read_own(folder / split)
@@ -256,23 +259,28 @@ class Source:
             )
         parts = []
         for file in files:
+            identity = [FORMAT, file.identity, self.tokenizer.vocab_size]
+            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+            checked = self._has_marker(f"ids-{key}")
             if file.path.suffix.lower() == ".bin":
-                tokens = read_bin(file.path)
+                tokens = read_bin(file.path, checked=checked)
             else:
                 tokens = read_npy(file.path, self.tokenizer.needed_end)
             if not len(tokens):
                 continue
-            identity = [FORMAT, file.identity, self.tokenizer.vocab_size]
-            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-            if not self._has_marker(f"ids-{key}"):
+            if not checked:
                 check_ids(file.path, tokens, self.tokenizer.vocab_size)
                 self._write_marker(f"ids-{key}")
+            self._identity.append(key)
             parts.append(tokens)
         if not parts:
             raise BadInput(f"data.path={self.config.path}: no text in it")
-        begins = np.cumsum([0, *map(len, parts)])
-        ends = [part.ends + begin for part, begin in zip(parts, begins.tolist(), strict=False)]
-        return Tokens(JoinedArrays([part.ids for part in parts]), np.concatenate(ends))
+        begins = np.cumsum([0, *map(len, parts)]).tolist()
+        ends = [
+            part.ends.part(0, len(part.ends), shift=begin)
+            for part, begin in zip(parts, begins, strict=False)
+        ]
+        return Tokens(JoinedArrays([part.ids for part in parts]), Ends.of(JoinedArrays(ends)))
 
     def _has_marker(self, name: str) -> bool:
         return (Path(self.config.cache).expanduser() / name).is_file()
@@ -288,16 +296,17 @@ class Source:
         """The last documents are held out: nothing is copied of what may be terabytes."""
         total, needed = len(tokens), self._needed()
         if total < sum(needed):
-            self._larger_share(tokens, Tokens(tokens.ids[:0], tokens.ends[:0]), 1.0)
+            self._larger_share(tokens, Tokens(tokens.ids[:0], tokens.ends.part(0, 0)), 1.0)
         held = max(int(total * self.config.validation_fraction), needed[1])
-        place = max(int(np.searchsorted(tokens.ends, total - held, side="right")) - 1, -1)
-        cut = int(tokens.ends[place]) if place >= 0 else 0
+        ends = tokens.ends
+        place = bisect_right(ends, total - held)
+        cut = ends[place - 1] if place else 0
         if not needed[0] <= cut <= total - needed[1] or total - cut > max(2 * held, needed[1] * 2):
             cut = total - held  # inside a document: there are too few of them
-        before = tokens.ends[tokens.ends < cut]
-        behind = tokens.ends[tokens.ends > cut] - cut
+        before = JoinedArrays([ends.part(0, bisect_left(ends, cut)), np.array([cut])])
+        behind = ends.part(bisect_right(ends, cut), len(ends), shift=-cut)
         return (
-            Tokens(PartOfArray(tokens.ids, 0, cut), np.append(before, cut)),
+            Tokens(PartOfArray(tokens.ids, 0, cut), Ends.of(before)),
             Tokens(PartOfArray(tokens.ids, cut, total), behind),
         )
 
@@ -305,10 +314,8 @@ class Source:
         """The packed rows of a split, made by the first process to ask for them."""
         tokens, config = getattr(self, split), self.config
         long = config.too_long if config.conversations else "split"
-        identity = [FORMAT, split, config.seq_len, long, len(tokens)]
-        ends = hashlib.sha256(np.ascontiguousarray(tokens.ends).data).hexdigest()
-        counts = "" if tokens.counts is None else hashlib.sha256(tokens.counts.data).hexdigest()
-        key = hashlib.sha256(json.dumps([identity, ends, counts]).encode()).hexdigest()[:24]
+        identity = [FORMAT, split, config.seq_len, long, len(tokens), self._identity]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
         folder = Path(config.cache).expanduser() / f"rows-{key}"
         if folder.is_dir():
             return load_rows(folder)

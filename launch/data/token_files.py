@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, overload
 
 import numpy as np
 
@@ -22,13 +24,23 @@ from parallel.megatron import indexed_dataset
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_HEADER = len(_MAGIC) + 25
 _CHUNK = 1 << 22
+
+
+class Sliced(Protocol):
+    """An array of one axis, of which slices are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, wanted: slice, /) -> np.ndarray: ...
 
 
 class JoinedArrays:
     """Arrays end to end as one: slices of it are copied together where they cross a border."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+    def __init__(self, parts: Sequence[Sliced]) -> None:
         self.parts = list(parts)
         self._starts = np.cumsum([0, *map(len, parts)])
 
@@ -37,23 +49,23 @@ class JoinedArrays:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.parts[0].dtype
+        return self.parts[0][:0].dtype
 
     def __getitem__(self, wanted: slice) -> np.ndarray:
         start, stop, _ = wanted.indices(len(self))
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        number = int(np.searchsorted(self._starts, start, side="right")) - 1
         pieces = []
-        for part, begin in zip(self.parts[first:], self._starts[first:].tolist(), strict=False):
-            if begin >= stop:
-                break
-            pieces.append(part[max(start - begin, 0) : stop - begin])
+        while start < stop:  # not a loop over all parts: there may be thousands
+            begin, end = int(self._starts[number]), int(self._starts[number + 1])
+            pieces.append(self.parts[number][start - begin : stop - begin])
+            start, number = end, number + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, self.parts[0][:0]])
 
 
 class PartOfArray:
     """Some of an array, a slice of which is a slice of the array."""
 
-    def __init__(self, array: np.ndarray | JoinedArrays, start: int, stop: int) -> None:
+    def __init__(self, array: Sliced, start: int, stop: int) -> None:
         self._array, self._start, self._stop = array, start, stop
 
     def __len__(self) -> int:
@@ -65,7 +77,43 @@ class PartOfArray:
 
     @property
     def dtype(self) -> np.dtype:
-        return self._array.dtype
+        return self._array[:0].dtype
+
+
+class Ends:
+    """Where documents end, int64 [D], of which only what is asked for is read.
+
+    Args:
+        count: D.
+        between: gives those of some documents: (the first, behind the last) -> an array.
+    """
+
+    def __init__(self, count: int, between: Callable[[int, int], np.ndarray]) -> None:
+        self._count, self._between = count, between
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, wanted: int) -> int: ...
+    @overload
+    def __getitem__(self, wanted: slice) -> np.ndarray: ...
+
+    def __getitem__(self, wanted: int | slice) -> int | np.ndarray:
+        if isinstance(wanted, slice):
+            start, stop, _ = wanted.indices(self._count)
+            return self._between(start, max(stop, start))
+        place = range(self._count)[wanted]
+        return int(self._between(place, place + 1)[0])
+
+    def part(self, start: int, stop: int, *, shift: int = 0) -> Ends:
+        """Some of them, each `shift` further."""
+        return Ends(stop - start, lambda a, b: self._between(start + a, start + b) + shift)
+
+    @staticmethod
+    def of(array: Sliced) -> Ends:
+        """Those that an array holds."""
+        return Ends(len(array), lambda start, stop: array[start:stop])
 
 
 @dataclass(frozen=True)
@@ -74,12 +122,12 @@ class Tokens:
 
     Attributes:
         ids: unsigned or signed integers [N]; a slice of it is an array.
-        ends: int64 [D], where each document ends.
+        ends: where each document ends; a document may be empty.
         counts: uint8 [N], 0 where a token is not to be learnt; None: all are.
     """
 
-    ids: np.ndarray | JoinedArrays | PartOfArray
-    ends: np.ndarray
+    ids: Sliced
+    ends: Ends
     counts: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -117,20 +165,48 @@ def _chunks(lengths: Path) -> list[np.ndarray]:
 
 
 def read_own(prefix: Path) -> Tokens:
-    """What `write_index` and its .bin hold, without megatron-core (its import takes seconds)."""
-    with open(prefix.with_suffix(".idx"), "rb") as source:
-        head = source.read(len(_MAGIC) + 25)
-        _, code, count, _ = struct.unpack("<QBQQ", head[len(_MAGIC) :])
-        lengths = np.fromfile(source, dtype=np.int32, count=count)
-    dtype = next(dtype for dtype, known in _CODES.items() if known == code)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    file = prefix.with_suffix(".bin")
-    ids = np.memmap(file, dtype=dtype, mode="r") if len(lengths) and ends[-1] else None
-    return Tokens(np.zeros(0, dtype) if ids is None else ids, ends)
+    """What `write_index` and its .bin hold, without megatron-core (its import takes seconds).
+
+    Raises:
+        ValueError: they are not whole.
+    """
+    file, index = prefix.with_suffix(".bin"), prefix.with_suffix(".idx")
+    code, count, _ = _header(index)
+    if code not in _DTYPES or index.stat().st_size != _HEADER + 20 * count + 8:
+        raise ValueError(f"{index.name} is not whole: encode it anew")
+    dtype = _DTYPES[code]
+    if not count:
+        return Tokens(np.zeros(0, dtype), Ends.of(np.zeros(0, np.int64)))
+    lengths = np.memmap(index, np.int32, "r", _HEADER, (count,))
+    pointers = np.memmap(index, np.int64, "r", _HEADER + 4 * count, (count,))
+    ends = Ends(count, lambda a, b: pointers[a:b] // dtype.itemsize + lengths[a:b])
+    if file.stat().st_size != ends[-1] * dtype.itemsize:
+        raise ValueError(f"{file.name} is not whole: encode it anew")
+    return Tokens(np.memmap(file, dtype, "r"), ends)
 
 
-def read_bin(file: Path) -> Tokens:
+def _header(index: Path) -> tuple[int, int, int]:
+    """(code of the dtype, sequences, entries of documents) of an .idx.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with open(index, "rb") as source:
+        head = source.read(_HEADER)
+    if len(head) < _HEADER or not head.startswith(_MAGIC):
+        raise ValueError("is no index of Megatron's .bin files")
+    version, code, sequences, documents = struct.unpack("<QBQQ", head[len(_MAGIC) :])
+    if version != 1 or not 1 <= code <= 8:
+        raise ValueError(f"has version {version} and dtype {code}: must be 1, and 1 to 8")
+    return code, sequences, documents
+
+
+def read_bin(file: Path, *, checked: bool) -> Tokens:
     """A .bin of Megatron's, by its own IndexedDataset.
+
+    Args:
+        file: the .bin.
+        checked: trust the order of its sequences, which takes the longest to look at.
 
     Raises:
         BadInput: no .idx beside it, another's, or damaged.
@@ -140,37 +216,47 @@ def read_bin(file: Path) -> Tokens:
         raise BadInput(
             f"{file}: has no {index.name} beside it: both make one dataset of Megatron's"
         )
-    head = index.open("rb").read(len(_MAGIC) + 25)
-    if len(head) < len(_MAGIC) + 25 or not head.startswith(_MAGIC):
-        raise BadInput(f"{index}: is no index of Megatron's .bin files")
-    _, _, sequences, documents = struct.unpack("<QBQQ", head[len(_MAGIC) :])
-    needed = len(head) + 12 * sequences + 8 * documents
-    if index.stat().st_size < needed:
-        raise BadInput(f"{index}: has {index.stat().st_size} bytes, must have {needed}: cut short")
     try:
+        _, sequences, entries = _header(index)
+        needed = _HEADER + 12 * sequences + 8 * entries
+        if index.stat().st_size < needed:
+            raise ValueError(f"has {index.stat().st_size} bytes, must have {needed}: cut short")
+        if not file.stat().st_size and not sequences:
+            return Tokens(np.zeros(0, np.uint8), Ends.of(np.zeros(0, np.int64)))
         dataset = indexed_dataset(file.with_suffix(""))
     except ImportError:
         raise BadInput(f"{file}: needs megatron-core (pip install megatron-core)") from None
     except (ValueError, AssertionError, KeyError, RuntimeError) as error:
         raise BadInput(f"{index}: {error}") from None
-    lengths = np.asarray(dataset.index.sequence_lengths, dtype=np.int64)
+    lengths, pointers = dataset.index.sequence_lengths, dataset.index.sequence_pointers
     dtype = np.dtype(dataset.index.dtype)
     if not np.issubdtype(dtype, np.integer):
         raise BadInput(f"{index}: says {dtype.name}, token ids must be integers")
-    written, size = int(lengths.sum()) * dtype.itemsize, file.stat().st_size
-    if written != size:
-        raise BadInput(
-            f"{file}: has {size} bytes, its {index.name} speaks of {written}: not one dataset"
-        )
-    starts = np.asarray(dataset.index.sequence_pointers, dtype=np.int64) // dtype.itemsize
-    if not np.array_equal(starts, np.cumsum(lengths) - lengths):
-        raise BadInput(f"{index}: its sequences do not lie in the order of the file: write it anew")
-    # A document may be several sequences; the last entry ends the last one.
-    border = np.asarray(dataset.index.document_indices, dtype=np.int64)[1:]
-    border = border[border > 0]
-    ends = np.cumsum(lengths)[border - 1] if len(border) else np.cumsum(lengths)
-    ids = np.memmap(file, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
-    return Tokens(ids, ends[np.diff(ends, prepend=0) > 0])
+    size = file.stat().st_size
+    if not checked:
+        written = 0
+        for start in range(0, sequences, _CHUNK):
+            stop = np.cumsum(lengths[start : start + _CHUNK], dtype=np.int64) * dtype.itemsize
+            begins = np.concatenate([[0], stop[:-1]]) + written
+            if not np.array_equal(pointers[start : start + _CHUNK], begins):
+                raise BadInput(
+                    f"{index}: its sequences do not lie in the order of the file: write it anew"
+                )
+            written += int(stop[-1])
+        if written != size:
+            raise BadInput(
+                f"{file}: has {size} bytes, its {index.name} speaks of {written}: not one dataset"
+            )
+
+    def between(start: int, stop: int) -> np.ndarray:
+        # A document may be several sequences, or none; the last entry ends the last one. The
+        # dataset unmaps its index when it goes.
+        behind = dataset.index.document_indices[start + 1 : stop + 1]
+        last = np.maximum(behind - 1, 0)
+        ends = pointers[last] // dtype.itemsize + lengths[last]
+        return np.where(behind > 0, ends, 0)
+
+    return Tokens(np.memmap(file, dtype=dtype, mode="r"), Ends(max(entries - 1, 0), between))
 
 
 def read_npy(file: Path, end: int) -> Tokens:
@@ -187,13 +273,15 @@ def read_npy(file: Path, end: int) -> Tokens:
         shape = " x ".join(map(str, array.shape))
         raise BadInput(f"{file}: is {shape} of {array.dtype}, must be one or two axes of integers")
     if array.ndim == 2:
-        return Tokens(array.reshape(-1), np.arange(1, len(array) + 1) * array.shape[1])
-    ends = [
+        width = array.shape[1]
+        ends = Ends(len(array), lambda a, b: np.arange(a + 1, b + 1, dtype=np.int64) * width)
+        return Tokens(array.reshape(-1), ends)
+    found = [
         np.flatnonzero(array[start : start + _CHUNK] == end) + start + 1
         for start in range(0, len(array), _CHUNK)
     ]
     # What follows the last end is a document too.
-    return Tokens(array, np.unique(np.concatenate([*ends, [len(array)]])).astype(np.int64))
+    return Tokens(array, Ends.of(np.concatenate([*found, [len(array)]])))
 
 
 def check_ids(file: Path, tokens: Tokens, vocab_size: int) -> None:
@@ -207,7 +295,7 @@ def check_ids(file: Path, tokens: Tokens, vocab_size: int) -> None:
         if int(ids.max()) < vocab_size and int(ids.min()) >= 0:
             continue
         place = start + int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
-        document = int(np.searchsorted(tokens.ends, place, side="right"))
+        document = bisect_right(tokens.ends, place)
         raise BadInput(
             f"{file}: document {document + 1} has id {tokens.ids[place : place + 1][0]}: must be "
             f"below {vocab_size}, the vocabulary of data.tokenizer"

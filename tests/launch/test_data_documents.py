@@ -18,7 +18,7 @@ from adaptive.models import Decoder
 from adaptive.routing.layout import layout_from_documents
 from launch.data.packing import Row, fit, load_rows, packed_rows, save_rows
 from launch.data.text import Corpus, TextConfig
-from launch.data.token_files import Tokens
+from launch.data.token_files import Ends, Tokens
 from tests.distributed.subjects import FAMILIES as SUBJECTS
 
 FAMILIES = sorted(set(SUBJECTS) - {"documents"})
@@ -38,7 +38,7 @@ def test_pieces_fit_their_rows_and_rows_are_nearly_full(sizes: list[int]) -> Non
 
 def tokens_of(lengths: list[int]) -> Tokens:
     """Documents whose ids are all different, so that each token tells where it is from."""
-    return Tokens(np.arange(1, sum(lengths) + 1), np.cumsum(lengths))
+    return Tokens(np.arange(1, sum(lengths) + 1), Ends.of(np.cumsum(lengths)))
 
 
 def test_every_token_is_a_target_once_and_follows_its_own_document(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_every_token_is_a_target_once_and_follows_its_own_document(tmp_path: Pat
     packed = packed_rows(tokens, SPAN, long="split")
     save_rows(packed, tmp_path / "rows")
     packed = load_rows(tmp_path / "rows")
-    begins = {0, *tokens.ends.tolist()}
+    begins = {0, *tokens.ends[:].tolist()}
     seen: list[int] = []
     for number in range(len(packed)):
         row = packed.row(number, tokens, span=SPAN, end=0)
