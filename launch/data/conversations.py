@@ -49,7 +49,7 @@ class Conversations:
         Raises:
             BadInput: names the row and what is wrong with it.
         """
-        messages = _messages(row, where)
+        messages = _messages(row, where, calls=self._template is not None)
         if not any(message["role"] == "assistant" for message in messages):
             self.dropped += 1
             return None
@@ -146,7 +146,8 @@ def _template_of(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
     return found, {**settings, "eos_token": tokenizer.token(tokenizer.needed_end)}
 
 
-def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+def _messages(row: Mapping[str, Any], where: str, *, calls: bool) -> list[dict[str, Any]]:
+    """The messages of a row; with `calls` one of them may call tools and have no content."""
     messages = row.get("messages") if isinstance(row, Mapping) else None
     if messages is None and isinstance(row, Mapping):
         pair = row.get("prompt"), row.get("response")
@@ -156,6 +157,10 @@ def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             {"role": "user", "content": pair[0]},
             {"role": "assistant", "content": pair[1]},
         ]
+    if isinstance(messages, Mapping) and all(isinstance(m, list) for m in messages.values()):
+        # So datasets stores a sequence of structs.
+        rows = zip(*messages.values(), strict=False)
+        messages = [dict(zip(messages, row, strict=True)) for row in rows]
     if not isinstance(messages, list) or not messages:
         raise BadInput(f"{where}: `messages` must be a list of one or more messages")
     for number, message in enumerate(messages, start=1):
@@ -164,6 +169,8 @@ def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         if role not in _ROLES:
             known = ", ".join(_ROLES)
             raise BadInput(f"{where}: message {number} has role {role!r}: must be one of {known}")
+        if content is None and calls and message.get("tool_calls"):
+            continue
         if not isinstance(content, str) or "\0" in content:
             raise BadInput(f"{where}: message {number} must have a string `content` without NUL")
     return messages

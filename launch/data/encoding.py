@@ -23,16 +23,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from launch.data.conversations import Conversations
-from launch.data.sources import CACHE_TAG, File, character_start, read_rows
+from launch.data.sources import CACHE_TAG, PIECE, File, character_start, cut_text, read_rows
 from launch.data.token_files import write_index
 from launch.data.tokenizer import Tokenizer
 from launch.run.errors import BadInput
 from launch.run.writable import write_text_whole
 
 SPLITS = ("train", "validation")
-FORMAT = 5
+FORMAT = 6
 _FEW = 20  # fewer documents than this are held out in part, not as a whole
-_BATCH = 1 << 20  # bytes of text that are encoded together
+_BATCH = 1 << 22  # bytes of text that are encoded together
 _MARK_SECONDS = 5.0  # between notes of how far it is, which continue it
 
 
@@ -128,7 +128,8 @@ def encode_into(wanted: Encoding, folder: Path) -> None:
     total = sum(found.tokens.values())
     if not total:
         shutil.rmtree(building)
-        raise BadInput(f"data.path={_place(wanted)}: no text in it")
+        what = "text" if wanted.conversations is None else "conversation with an answer"
+        raise BadInput(f"data.path={_place(wanted)}: no {what} in it")
     if not ends and wanted.ends is None and not all(found.documents.values()):
         # Too few documents for their names to decide. Where these leave some for both splits, they
         # do decide, however unequal: a resumed run must find the split that it began with.
@@ -211,7 +212,7 @@ def _encode(wanted: Encoding, folder: Path, *, ends: bool) -> Mark:
 
         state = {"noted": time.monotonic(), "whole": True}
         try:
-            for batch in _batches(wanted, mark.file, mark.row, ends=ends):
+            for batch in _batches(wanted, mark, ends=ends):
                 # One is encoded while the one before is written and the next is read.
                 waiting.append((pool.submit(_ids_of, wanted.tokenizer, batch.parts), batch))
                 if len(waiting) > 2:
@@ -305,14 +306,13 @@ class _Batch(NamedTuple):
     dropped: int
 
 
-def _batches(wanted: Encoding, file: int, row: int, *, ends: bool) -> Iterator[_Batch]:
+def _batches(wanted: Encoding, mark: Mark, *, ends: bool) -> Iterator[_Batch]:
     parts: list[Part] = []
     size, chat = 0, wanted.conversations
-    for file, row, part, read in _parts(wanted, file, row, ends=ends):  # noqa: B020
-        parts.append(part)
+    for file, row, own, read in _parts(wanted, mark, ends=ends):
+        parts += own
         size += read
-        # A document's parts of both splits come together.
-        if size >= _BATCH and read:
+        if size >= _BATCH:
             yield _Batch(parts, file, row, size, 0 if chat is None else chat.dropped)
             parts, size = [], 0
     if parts:
@@ -320,67 +320,98 @@ def _batches(wanted: Encoding, file: int, row: int, *, ends: bool) -> Iterator[_
 
 
 def _parts(
-    wanted: Encoding, start: int, row: int, *, ends: bool
-) -> Iterator[tuple[int, int, Part, int]]:
-    """(file, row, part, bytes read with it) of every document that is not empty."""
-    tokenizer, chat = wanted.tokenizer, wanted.conversations
-    taken = 0
+    wanted: Encoding, mark: Mark, *, ends: bool
+) -> Iterator[tuple[int, int, list[Part], int]]:
+    """(file, row, its parts, bytes of them) of every row and piece of text that is not empty."""
+    start, row, taken = mark.file, mark.row, sum(mark.documents.values())
     for index in range(start, len(wanted.files)):
-        file = wanted.files[index]
-        skipped = row if index == start else 0
-        size, passed = _size_of_text(file) if ends else 0, 0
-        for read in read_rows(file, columns=_columns(wanted)):
-            number, where = read.number, f"{file.path}:{read.number}"
-            if number <= skipped:
-                taken += 1
-                passed += len(read.value) if file.kind == "text" else 0
-                continue
-            name = file.name if file.kind == "text" else f"{file.name}:{number}"
-            if chat is not None:
-                learnt = chat.render(read.value, where)
-                if learnt is None:
-                    continue
-                text, spans = learnt
-                taken += 1
-                held = _unit_hash(name) < wanted.held_out
-                if ends:  # whole conversations in turn: half of one is none
-                    held = taken % max(round(1 / wanted.held_out), 2) == 0
-                part = Part(SPLITS[held], text, True, True, spans)
-                yield index, number, part, len(text)
-                continue
-            content = read.value if file.kind == "text" else _text(read.value, wanted, where)
-            if not content:
-                continue
-            if tokenizer.name != "bytes":
-                _check_unicode(str(file.path) if file.kind == "text" else where, content, passed)
-            elif file.kind != "text" and b"\0" in content:
-                raise BadInput(
-                    f"{where}: `{wanted.text_field}` holds a NUL, which ends documents of "
-                    "data.tokenizer=bytes: take it out, or take a tokenizer"
-                )
-            if ends:
-                whole = size if file.kind == "text" else len(content)
-                for part in _cut(read, content, passed, whole, wanted.held_out):
-                    yield index, number, part, len(content) if part.split == "validation" else 0
-            else:
-                held = _unit_hash(name) < wanted.held_out
-                part = Part(SPLITS[held], content, read.first, read.last)
-                yield index, number, part, len(content)
-            passed += len(content)
+        file, skipped = wanted.files[index], row if index == start else 0
+        if file.kind == "text":
+            found = _text_parts(wanted, file, skipped, ends=ends)
+        elif wanted.conversations is None:
+            found = _row_parts(wanted, file, skipped, ends=ends)
+        else:
+            found = _conversations(wanted, file, skipped, taken, ends=ends)
+        for number, parts in found:
+            taken += 1
+            yield index, number, parts, sum([len(part.text) for part in parts])
 
 
-def _cut(read: Any, content: bytes, passed: int, size: int, held_out: float) -> Iterator[Part]:
+def _text_parts(
+    wanted: Encoding, file: File, skipped: int, *, ends: bool
+) -> Iterator[tuple[int, list[Part]]]:
+    size, passed = _size_of_text(file) if ends else 0, 0
+    split = _split_of(wanted, file.name)
+    for read in read_rows(file, columns=[]):
+        content = read.value
+        if read.number > skipped:
+            if wanted.tokenizer.name != "bytes":
+                _check_unicode(file.path, content, passed)
+            part = Part(split, content, read.first, read.last)
+            yield read.number, _cut(part, passed, size, wanted.held_out) if ends else [part]
+        passed += len(content)
+
+
+def _row_parts(
+    wanted: Encoding, file: File, skipped: int, *, ends: bool
+) -> Iterator[tuple[int, list[Part]]]:
+    nul_ends = wanted.tokenizer.name == "bytes"
+    for read in read_rows(file, columns=[wanted.text_field], start=skipped):
+        content = _text(read.value, wanted, file, read.number)
+        if not content:
+            continue
+        if nul_ends and b"\0" in content:
+            raise BadInput(
+                f"{file.path}:{read.number}: `{wanted.text_field}` holds a NUL, which ends "
+                "documents of data.tokenizer=bytes: take it out, or take a tokenizer"
+            )
+        split = "train" if ends else _split_of(wanted, f"{file.name}:{read.number}")
+        if len(content) <= PIECE:
+            parts = [Part(split, content)]
+        else:
+            parts = [Part(split, *piece) for piece in cut_text(content)]
+        if ends:
+            passed, cut = 0, []
+            for part in parts:
+                cut += _cut(part, passed, len(content), wanted.held_out)
+                passed += len(part.text)
+            parts = cut
+        yield read.number, parts
+
+
+def _conversations(
+    wanted: Encoding, file: File, skipped: int, taken: int, *, ends: bool
+) -> Iterator[tuple[int, list[Part]]]:
+    assert wanted.conversations is not None
+    turn = max(round(1 / wanted.held_out), 2)
+    for read in read_rows(file, columns=Conversations.COLUMNS, start=skipped):
+        learnt = wanted.conversations.render(read.value, f"{file.path}:{read.number}")
+        if learnt is None:
+            continue
+        taken += 1
+        if ends:  # whole conversations in turn: half of one is none
+            split = SPLITS[taken % turn == 0]
+        else:
+            split = _split_of(wanted, f"{file.name}:{read.number}")
+        yield read.number, [Part(split, learnt[0], learnt=learnt[1])]
+
+
+def _split_of(wanted: Encoding, name: str) -> str:
+    return SPLITS[_unit_hash(name) < wanted.held_out]
+
+
+def _cut(part: Part, passed: int, size: int, held_out: float) -> list[Part]:
     """A piece of a document whose end is held out, as parts of both splits."""
-    place = int(size * (1 - held_out)) - passed
-    if place >= len(content) and not read.last:
-        yield Part("train", content, read.first, False)
-        yield Part("validation", b"", False, False)
-    elif place < 0:
-        yield Part("validation", content, False, read.last)
-    else:
-        place = character_start(content, place) if place < len(content) else place
-        yield Part("train", content[:place], read.first, True)
-        yield Part("validation", content[place:], True, read.last)
+    text, place = part.text, int(size * (1 - held_out)) - passed
+    if place >= len(text) and not part.last:
+        return [Part("train", text, part.first, False), Part("validation", b"", False, False)]
+    if place < 0:
+        return [Part("validation", text, False, part.last)]
+    place = character_start(text, place) if place < len(text) else place
+    return [
+        Part("train", text[:place], part.first, True),
+        Part("validation", text[place:], True, part.last),
+    ]
 
 
 def _size_of_text(file: File) -> int:
@@ -391,43 +422,57 @@ def _size_of_text(file: File) -> int:
     return file.bytes
 
 
-def _text(columns: dict[str, Any], wanted: Encoding, where: str) -> bytes:
+def _text(columns: Any, wanted: Encoding, file: File, number: int) -> bytes:
     text = columns.get(wanted.text_field)
     if not isinstance(text, str):
-        raise BadInput(f"{where}: must have a string `{wanted.text_field}` (data.text_field)")
+        raise BadInput(
+            f"{file.path}:{number}: must have a string `{wanted.text_field}` (data.text_field)"
+        )
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         # To replace it would train on something else than the file says.
         half = ascii(text[error.start])[1:-1]
         raise BadInput(
-            f"{where}: `{wanted.text_field}` holds {half}, half of a surrogate pair: "
+            f"{file.path}:{number}: `{wanted.text_field}` holds {half}, half of a surrogate pair: "
             "must be Unicode"
         ) from None
 
 
-def _check_unicode(where: str, text: bytes, passed: int) -> None:
+def _check_unicode(file: Path, text: bytes, passed: int) -> None:
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:
         # To replace it would train on something else than the file says.
         raise BadInput(
-            f"{where}: byte {passed + error.start} is {text[error.start]:#04x}, no UTF-8: "
+            f"{file}: byte {passed + error.start} is {text[error.start]:#04x}, no UTF-8: "
             "convert it, or take data.tokenizer=bytes"
         ) from None
 
 
 def _ids_of(tokenizer: Tokenizer, parts: list[Part]) -> list[tuple[np.ndarray, Any]]:
     """(ids, which of them are learnt) of every part."""
-    if parts[0].learnt is None:
-        plain = [(part.text, part.first, part.last) for part in parts]
-        return [(ids, None) for ids in tokenizer.encode_parts(plain)]
-    return tokenizer.encode_learnt([(part.text.decode(), part.learnt or []) for part in parts])
+    if parts[0].learnt is not None:
+        return tokenizer.encode_learnt([(part.text.decode(), part.learnt or []) for part in parts])
+    ids: list[np.ndarray] = []
+    group, size = [], 0
+    for part in parts:
+        group.append((part.text, part.first, part.last))
+        size += len(part.text)
+        if size >= _BATCH:  # of a row that is longer
+            ids += tokenizer.encode_parts(group)
+            group, size = [], 0
+    if group:
+        ids += tokenizer.encode_parts(group)
+    return [(one, None) for one in ids]
 
 
 def _unit_hash(name: str) -> float:
     """A number in [0, 1) that depends on the name only."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
+    return (
+        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+        / 2**64
+    )
 
 
 class _Progress:

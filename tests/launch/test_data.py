@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.data import encoding, sources
 from launch.data.text import Corpus, TextConfig, permuted
 from launch.data.tokenizer import Tokenizer
 from launch.run.errors import BadInput
@@ -86,6 +87,22 @@ def test_of_few_documents_the_ends_are_held_out(tmp_path: Path) -> None:
     assert b"line 499" in bytes(data.validation)
     assert b"line 499" not in bytes(data.train)
     assert len(data.validation) == pytest.approx(0.1 * len(data.train), rel=0.2)
+
+
+@pytest.mark.parametrize("piece", [sources.PIECE, 100])
+def test_of_few_rows_the_end_of_each_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """Also of rows so long that they are read in pieces, each of them one document."""
+    monkeypatch.setattr(sources, "PIECE", piece)
+    monkeypatch.setattr(encoding, "PIECE", piece)
+    texts = [f"<{n}> " + "".join(f"word{k} " for k in range(30 * (n + 1))) for n in range(5)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    data = corpus(tmp_path, path=str(tmp_path / "a.jsonl"), validation_fraction=0.1)
+    halves = [(text[: int(len(text) * 0.9)], text[int(len(text) * 0.9) :]) for text in texts]
+    assert bytes(data.train) == "".join(first + "\0" for first, _ in halves).encode()
+    assert bytes(data.validation) == "".join(last + "\0" for _, last in halves).encode()
 
 
 def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ def test_of_plain_conversations_the_answers_and_their_ends_are_learnt(tmp_path: 
     )
     pairs = corpus(tmp_path, [{"prompt": "né?", "response": "oui €"}] * 30)
     assert learnt(pairs) == {b"oui \xe2\x82\xac\0"}
+    # As datasets stores a sequence of structs; an answer may be empty.
+    columns = {"role": ["user", "assistant"], "content": ["né?", ""]}
+    assert learnt(corpus(tmp_path, [{"messages": columns}] * 30)) == {b"\0"}
 
 
 def chat_tokenizer(folder: Path, template: str | None) -> Path:
@@ -77,6 +80,13 @@ def test_of_a_tokenizers_template_the_same(tmp_path: Path) -> None:
     assert (own == end).sum() == 2
     said = data.tokenizer.decode(own[own != end].tolist())
     assert said == "oui €\noui €\n"
+    # Who calls a tool may say nothing.
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    tool = {"role": "tool", "content": "42"}
+    data = corpus(tmp_path, [{"messages": [USER, call, tool, BOT]}] * 30, **options)
+    own = data.sources[0].packed_row("train", 0).targets[: data.sources[0].train.ends[0]]
+    said = data.tokenizer.decode(own[(own >= 0) & (own != end)].tolist())
+    assert said == "None\noui €\n"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +141,8 @@ def test_a_template_that_fails_is_named_with_its_row(
 
 def test_conversations_without_an_answer_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = [{"messages": [USER, BOT]}] * 30 + [{"messages": [USER]}] * 4
+    with pytest.raises(BadInput, match=r"chat.jsonl: no conversation with an answer in it"):
+        corpus(tmp_path, rows[30:])
     data = corpus(tmp_path, rows)
     source = data.sources[0]
     assert len(source.train.ends) + len(source.validation.ends) == 30

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launch.data import sources
 from launch.data.images import ImageConfig, ImageData
 from launch.data.text import Corpus, TextConfig
 from launch.data.tokenizer import Tokenizer
@@ -114,7 +115,10 @@ def test_rows_are_read_from_every_format_alike(tmp_path: Path) -> None:
     (tmp_path / "b.JSONL").write_bytes(text)
     (tmp_path / "c.json").write_bytes(text)
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
-    (tmp_path / "e.jsonl.zst").write_bytes(zstandard.compress(text))
+    # Frames end to end, the second with the window of `zstd --long=31`, uncompressed.
+    long = b"\x28\xb5\x2f\xfd\0\xa8" + (len(text[999:]) << 3 | 1).to_bytes(3, "little") + text[999:]
+    (tmp_path / "e.jsonl.zst").write_bytes(zstandard.compress(text[:999]) + long)
+    (tmp_path / "k.jsonl").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n \n"))
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "f.parquet", row_group_size=70)
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "g")
     tokens = {}
@@ -122,7 +126,7 @@ def test_rows_are_read_from_every_format_alike(tmp_path: Path) -> None:
         data = corpus(file, tmp_path / "cache", text_field="body")
         train, held_out = documents(data)
         tokens[file.name] = sorted(train + held_out)
-    assert len(tokens) == 7
+    assert len(tokens) == 8
     expected = sorted(row["body"].encode() for row in rows)  # type: ignore[attr-defined]
     for name, found in tokens.items():
         assert found == expected, name
@@ -133,12 +137,55 @@ def test_rows_are_read_from_every_format_alike(tmp_path: Path) -> None:
         corpus(tmp_path / "i.jsonl.zst", tmp_path / "cache", text_field="body")
     with pytest.raises(BadInput, match=r"/h: holds the splits train: name one, .*/h/train"):
         corpus(tmp_path / "h", tmp_path / "cache", text_field="body")
+    (shard,) = (tmp_path / "g").glob("*.arrow")
+    shard.write_bytes(shard.read_bytes()[:-500])
+    with pytest.raises(BadInput, match=r"/g: is no whole dataset: [^\n]*$"):
+        corpus(tmp_path / "g", tmp_path / "cache", text_field="body")
+    damaged = bytearray((tmp_path / "f.parquet").read_bytes())
+    group = parquet.ParquetFile(tmp_path / "f.parquet").metadata.row_group(1)
+    place = group.column(0).dictionary_page_offset
+    damaged[place : place + 9] = b"\xff" * 9
+    (tmp_path / "f.parquet").write_bytes(damaged)
+    with pytest.raises(BadInput, match=r"f.parquet, behind row 70: is no intact parquet [^\n]*$"):
+        corpus(tmp_path / "f.parquet", tmp_path / "cache", text_field="body")
+
+
+LINES = [
+    b'{"text": "a", "text": "b"}',
+    b' {"a": [1, -0, 1e400, 1E-7, 0.1, 123456789012345678901234567890], "b": null}\r\n',
+    b'{"a": NaN, "b": -Infinity}',
+    b'{"a": "\\ud83d\\ude00 \\u0000 \\/ \xf0\x9f\x98\x80"}',
+    b'{"a": "\\ud800"}',
+    b'{"a": "\xed\xa0\x80"}',
+    b'\xef\xbb\xbf{"a": 1}',
+    b'{"a": "\xff"}',
+    b'{"a": "\t"}',
+    b'{"a": 01}',
+    b'{"a": +1}',
+    b'{"a": .5}',
+    b'{"a": 1,}',
+    b'{"a": 1} x',
+    b"{'a': 1}",
+    b"nan",
+    b"[" * 9000,
+    b'{"a": ' + b"9" * 5000 + b"}",
+]
+
+
+@pytest.mark.parametrize("line", LINES, ids=range(len(LINES)))
+def test_a_line_is_what_json_says(line: bytes) -> None:
+    try:
+        expected = json.loads(line)
+    except (ValueError, RecursionError):
+        expected = None
+    assert repr(sources._parsed(line)) == repr(expected)  # a NaN is not equal to itself
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("a.bin", b"\0\1", r"a.bin: has no a.idx beside it"),
+        ("a.idx", b"MMIDIDX", r"a.idx: is the index of a .bin: name that"),
         ("a.json", b'[{"text": "x"}]\n', r"a.json: is one JSON document: write one object a line"),
         ("a.txt", b"some\0text", r"a.txt: byte 4 is a NUL, so it is no text"),
         ("a.zip", b"PK", r"a.zip: is an archive: unpack it"),
