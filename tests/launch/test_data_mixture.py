@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from adaptive.observe.metric_log import read_metrics
+from adaptive.observe.sinks import shown_name
 from launch.checkpoint.files import find_checkpoint
 from launch.data.mixture import Mixture
 from launch.run.config import from_mapping
 from launch.run.errors import BadInput
+from launch.run.ranks import is_first
 from launch.run.training import run
 from tests.distributed.runs import tiny_config
 from tests.ranks import run_ranks
@@ -35,17 +42,17 @@ def test_shares_are_within_one_row_of_the_weights_at_every_row(weights: list[flo
             assert abs(count - share * (row + 1)) < 1
 
 
-def test_three_sources_over_a_thousand_rows_and_a_kill_in_between() -> None:
+def test_what_a_checkpoint_keeps_of_three_sources_is_enough() -> None:
     weights = {"web": 0.7, "code": 0.2, "books": 0.1}
-    whole = [Mixture(weights).locate(row) for row in range(1000)]
+    mixture = Mixture(weights)
+    whole = [mixture.locate(row) for row in range(1000)]
     assert Counter(source for source, _ in whole) == {0: 700, 1: 200, 2: 100}
     # What a checkpoint at row 437 keeps is enough, in another process too.
     resumed, said = Mixture(weights).resumed(Mixture(weights).state(437))
     assert said is None
     assert [resumed.locate(row) for row in range(437, 1000)] == whole[437:]
-    # A million rows further it needs none of those before.
-    far = Mixture(weights).state(1_000_000)
-    assert far["mixture/web"].tolist() == [0, 700_000]
+    far = Mixture(weights).state(100_000)
+    assert far["mixture/web"].tolist() == [0, 70_000]
 
 
 def test_a_new_source_and_a_new_weight_go_on_from_what_each_has_given() -> None:
@@ -67,12 +74,36 @@ def test_a_new_source_and_a_new_weight_go_on_from_what_each_has_given() -> None:
     assert code[0] == 180
 
 
-def run_one(tree: dict[str, Any]) -> None:
-    run(from_mapping(tree))
+def run_and_return(tree: dict[str, Any], changed: dict[str, Any]) -> list[str]:
+    """A run of 6 steps; from its step 3 again; from there with other data, and from their step 5.
+
+    Returns:
+        what each of the four printed.
+    """
+    folder, said = Path(tree["output"]).parent, []
+
+    def go_on(of: str, name: str, *, step: int, data: dict[str, Any]) -> None:
+        if is_first():
+            if name != of:
+                shutil.copytree(folder / of, folder / name)
+            for later in range(step + 1, 7):
+                forgotten = folder / name / "checkpoints" / f"step-{later:08}"
+                shutil.rmtree(forgotten, ignore_errors=True)
+        dist.barrier()
+        own = {**tree, "output": str(folder / name), "data": {**tree["data"], **data}}
+        with redirect_stdout(StringIO()) as printed:
+            run(from_mapping(own))
+        said.append(printed.getvalue())
+
+    go_on("whole", "whole", step=0, data={})
+    go_on("whole", "again", step=3, data={})
+    go_on("whole", "begun", step=3, data=changed)
+    go_on("begun", "resumed", step=5, data=changed)
+    return said
 
 
 def test_a_run_of_several_sources_goes_on_and_measures_each(tmp_path: Path) -> None:
-    """Interrupted or not, the same losses; a loss of every source, in training and held out."""
+    """Interrupted or not, the same losses, with sources and weights changed in between too."""
     for name, text in (("a", "one of the first "), ("b", "another sort of text "), ("c", "0123 ")):
         (tmp_path / f"{name}.txt").write_text(text * 300)
     sources = [
@@ -80,48 +111,54 @@ def test_a_run_of_several_sources_goes_on_and_measures_each(tmp_path: Path) -> N
         {"path": str(tmp_path / "b.txt"), "weight": 0.2, "name": "other"},
         {"path": str(tmp_path / "c.txt"), "weight": 0.1},
     ]
+    changed = [{**sources[0], "weight": 0.3}, *sources[1:]]
+    changed.append({"path": str(tmp_path / "b.txt"), "weight": 0.4, "name": "new"})
     data = {"path": None, "sources": sources, "validation_fraction": 0.2, "seq_len": 32}
-    losses = {}
-    order = Mixture({"a.txt": 0.7, "other": 0.2, "c.txt": 0.1})
-    for name, halves in (("whole", (6,)), ("halves", (3, 6))):
-        for steps in halves:
-            tree = tiny_config(tmp_path, data=data, output=str(tmp_path / name))
-            tree["monitor"]["every"] = 1
-            tree["train"] |= {"steps": 6, "evaluate_every": 3}
-            tree["checkpoint"] = {"every": 3}
-            if steps == 3:
-                tree["train"] |= {"steps": 3}
-            else:
-                tree["train"] |= {"micro_batch_size": 2}
-            run_ranks(run_one, 2 if name == "whole" else 1, tree, timeout=120)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        losses[name] = [r["loss/train"] for r in records if "loss/train" in r]
-        for record in (r for r in records if "loss/train" in r):
-            # Rows are of one length: the loss is the mean of the sources' by the rows of each.
-            rows = range(8 * record["step"] - 8, 8 * record["step"])
-            given = Counter(order.names[order.locate(row)[0]] for row in rows)
-            found = {key.removeprefix("loss/train/"): v for key, v in record.items()}
-            found = {source: v for source, v in found.items() if source in order.names}
-            assert found.keys() == given.keys()
-            mean = sum(found[source] * count for source, count in given.items()) / 8
-            assert mean == pytest.approx(record["loss/train"], rel=1e-6)
-        for source in ("a.txt", "other", "c.txt"):
-            assert any(f"validation/loss/{source}" in record for record in records)
-        assert all(0 <= r["data/waiting"] < 1 for r in records if "data/waiting" in r)
-        assert any("data/waiting" in record for record in records)
-    # The schedule of the learning rate differs in the first half: only the rows are compared there.
-    assert len(losses["whole"]) == len(losses["halves"]) == 6
-    from safetensors.torch import load_file
+    tree = tiny_config(tmp_path, data=data, output=str(tmp_path / "whole"))
+    tree["monitor"] = {"every": 1, "tensorboard": True}
+    tree["train"] |= {"steps": 6, "evaluate_every": 3, "log_every": 1, "micro_batch_size": 2}
+    tree["checkpoint"] = {"every": 1, "keep": 6}
+    said = run_ranks(run_and_return, 2, tree, {"sources": changed}, timeout=120)[0]
 
-    states = [
-        load_file(find_checkpoint(tmp_path / name) / "task.safetensors")
-        for name in ("whole", "halves")
-    ]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    # 48 rows: .7, .2 and .1 of them.
-    assert states[0]["mixture/a.txt"][1] in (33, 34)
+    names = ("whole", "again", "begun", "resumed")
+    records = {name: list(read_metrics(tmp_path / name / "metrics.jsonl")) for name in names}
+    losses = {
+        name: {line["step"]: line["loss/train"] for line in lines if "loss/train" in line}
+        for name, lines in records.items()
+    }
+    assert list(losses["whole"]) == [1, 2, 3, 4, 5, 6]
+    assert losses["again"] == losses["whole"]
+    change = "from row 24 on the sources' weights are others: a.txt 0.7 -> 0.3, new 0 -> 0.4\n"
+    assert [change in printed for printed in said] == [False, False, True, False]
+    assert losses["begun"] == losses["resumed"]
+    assert losses["begun"][4] != losses["whole"][4]
+    # Rows are of one length: the loss is the mean of the sources' by the rows of each.
+    order = Mixture({"a.txt": 0.7, "other": 0.2, "c.txt": 0.1})
+    for line in (line for line in records["whole"] if "loss/train" in line):
+        rows = range(8 * line["step"] - 8, 8 * line["step"])
+        counts = Counter(order.names[order.locate(row)[0]] for row in rows)
+        own = {name: line[f"loss/train/{name}"] for name in counts}
+        assert sum(key.startswith("loss/train/") for key in line) == len(own)
+        mean = sum(own[name] * count for name, count in counts.items()) / 8
+        assert mean == pytest.approx(line["loss/train"], rel=1e-6)
+    # Of 24 rows .7, .2 and .1, then of 24 more .3, .2, .1 and .4.
+    state = load_file(find_checkpoint(tmp_path / "resumed") / "task.safetensors")
+    given = [int(state[f"mixture/{name}"][1]) for name in ("a.txt", "other", "c.txt", "new")]
+    assert sum(given) == 48
+    for count, share in zip(given, (24.0, 9.6, 4.8, 9.6), strict=True):
+        assert abs(count - share) < 2  # within one, twice
+
+    shown = EventAccumulator(str(tmp_path / "whole" / "tensorboard" / "whole")).Reload()
+    for name in ("a.txt", "other", "c.txt"):
+        tag = f"validation/loss/{name}"
+        written = {line["step"]: line[tag] for line in records["whole"] if tag in line}
+        assert list(written) == [3, 6]
+        drawn = {event.step: event.value for event in shown.Scalars(shown_name(tag))}
+        assert drawn == pytest.approx(written, rel=1e-6)
+    assert any("validation/loss/new" in line for line in records["begun"])
+    waiting = [line["data/waiting"] for line in records["whole"] if "data/waiting" in line]
+    assert len(waiting) >= 5
+    assert all(0 <= share < 1 for share in waiting)
 
 
 @pytest.mark.parametrize(
