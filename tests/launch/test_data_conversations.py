@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from launch.data import encoding
 from launch.data.text import Corpus, TextConfig
 from launch.run.errors import BadInput
 
@@ -153,6 +155,39 @@ def test_conversations_without_an_answer_are_dropped_and_counted(tmp_path: Path)
     dropped = corpus(tmp_path, [*rows[:30], *long], too_long="drop")
     assert " dropped" in dropped.describe()[0]
     assert max(dropped.sources[0].packed_tokens(n) for n in range(dropped.sources[0].rows)) <= 128
+
+
+def test_interrupted_conversations_hold_out_what_undisturbed_ones_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So few that they are held out in turn, over several files, one of which has no answer."""
+    for name in "abc":
+        rows = [
+            {"messages": [USER]},
+            *[{"prompt": f"{name}{n}", "response": "x"} for n in range(5)],
+        ]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    settings: dict[str, Any] = {"seq_len": 32, "packing": "documents", "conversations": True}
+    settings |= {"path": str(tmp_path / "*.jsonl"), "validation_fraction": 0.3}
+    whole = Corpus(TextConfig(**settings, cache=str(tmp_path / "cache")))
+    monkeypatch.setattr(encoding, "_BATCH", 1)
+    encode_batch, left = encoding._ids_of, iter(range(1000))
+
+    def interrupted(*given: Any) -> Any:
+        if next(left) % 5 == 4:
+            raise KeyboardInterrupt
+        return encode_batch(*given)
+
+    monkeypatch.setattr(encoding, "_ids_of", interrupted)
+    for _ in range(20):
+        with suppress(KeyboardInterrupt):
+            again = Corpus(TextConfig(**settings, cache=str(tmp_path / "other")))
+            break
+    assert next(left) > 15
+    assert bytes(again.train) == bytes(whole.train)
+    assert bytes(again.validation) == bytes(whole.validation)
+    assert ", 3 dropped" in again.describe()[0]
 
 
 def test_functions_of_the_standard_library_are_the_default(tmp_path: Path) -> None:

@@ -89,6 +89,15 @@ def packed_losses(model: Decoder, ids_BS: torch.Tensor, documents_BS: torch.Tens
         return model.token_losses(ids_T[None], targets_T[None], layout=layout)
 
 
+def test_positions_begin_anew_with_each_document() -> None:
+    """Rotary embeddings hardly feel it where they do not: only differences count there."""
+    layout, indices = layout_from_documents(torch.tensor([[0, 0, 0, 1, 2, -1], [0, 0, 1, 1, 1, 1]]))
+    assert layout.cu_seqlens.tolist() == [0, 3, 4, 5, 7, 11]
+    assert layout.positions.tolist() == [0, 1, 2, 0, 0, 0, 1, 0, 1, 2, 3]
+    assert layout.max_seqlen == 4
+    assert indices.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_document_does_not_feel_the_others_of_its_row(family: str, training: bool) -> None:

@@ -230,3 +230,7 @@ def test_a_complete_cache_is_read_without_writing(tmp_path: Path) -> None:
         os.chmod(tmp_path / "cache", 0o755)
     assert np.array_equal(before.train, again.train)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == stamps
+    for file in (tmp_path / "cache").glob("rows-*/lengths.npy"):
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BadInput, match=r"/rows-\w+: is damaged, delete it: "):
+        corpus(tmp_path / "a.jsonl", tmp_path / "cache", packing="documents")
