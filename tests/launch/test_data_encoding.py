@@ -199,6 +199,9 @@ def test_a_killed_encoding_goes_on_and_nothing_of_it_is_taken_for_whole(tmp_path
     assert 0 < json.loads(mark.read_text())["row"] < 3000
     with pytest.raises(BadInput, match=r"out.part: "):
         corpus(tmp_path / "out.part", tmp_path / "cache")
+    for name in ("train.bin", "train.lengths"):  # written, and not yet noted
+        with (tmp_path / "out.part" / name).open("ab") as file:
+            file.write(b"half")
     for name in ("out", "whole"):
         encode([*words, str(tmp_path / name)])
     for name in ("train.bin", "train.idx", "validation.bin", "validation.idx", "meta.json"):
