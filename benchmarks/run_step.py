@@ -5,7 +5,8 @@
 On every rank at once, in turn: `run`, a step of `launch.run.loop` (DeepSpeed, batches, metrics),
 and `plain`, the same model, rows and AdamW in a few lines of torch, which send nothing. Both run
 on all ranks meanwhile, so that what ranks take from each other (caches, clock) is in both.
-`overhead` is the median over rounds of run / plain, less 1.
+`overhead` is the median over rounds of run / plain, less 1; `processor_overhead` the same of rank
+0's processor time, in which other work on the machine and waiting for other ranks do not count.
 
 Where the rest goes is told by `launch.run.profiling`; how fast products are, by torch's profiler on
 `plain`: their operations over the time in them, as a share of the rate of one large product.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,8 +78,20 @@ def measure(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
     rows = config.train.batch_size // mesh.data
     single = task_class(config.task)(config, mesh=Mesh.single(), device=device)
     plain = Plain(config, single, range(mesh.data_rank * rows, (mesh.data_rank + 1) * rows))
-    seconds = interleave_on_ranks({"run": loop.step, "plain": plain.step}, rounds, warmup=3)
+    processor: dict[str, list[float]] = {"run": [], "plain": []}
+
+    def timed(name: str, step: Callable[[], Any]) -> Callable[[], None]:
+        def call() -> None:
+            begun = time.process_time()
+            step()
+            processor[name].append(time.process_time() - begun)
+
+        return call
+
+    cases = {"run": timed("run", loop.step), "plain": timed("plain", plain.step)}
+    seconds = interleave_on_ranks(cases, rounds, warmup=3)
     ratios = [a / b for a, b in zip(seconds["run"], seconds["plain"], strict=True)]
+    spent = {name: statistics.median(times[3:]) for name, times in processor.items()}
     loop.close()
     products = _products(plain, config)
     costs, clock = profile_run(config, None, warmup=5, steps=5)
@@ -88,6 +103,8 @@ def measure(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
         "seconds": medians(seconds),
         "overhead": statistics.median(ratios) - 1,
         "overhead_quartiles": [q - 1 for q in statistics.quantiles(ratios, n=4)[::2]],
+        "processor_seconds": spent,
+        "processor_overhead": spent["run"] / spent["plain"] - 1,
         "products": products,
         "profile": numbers(costs, clock),
     }

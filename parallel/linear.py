@@ -43,6 +43,8 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     Returns:
         [..., out].
     """
+    if torch.compiler.is_compiling():
+        return _compiled(x, weight_OI, bias_O)
     rows = x.numel() // max(x.shape[-1], 1)
     coming_back = rows < _ROW_MULTIPLE or rows % _ROW_MULTIPLE == 0
     if (
@@ -64,6 +66,59 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     else:
         out_TO = product(x_TI, weight_OI.t(), bias=bias_O)
     return out_TO if x.dim() == 2 else out_TO.view(*x.shape[:-1], weight_OI.shape[0])
+
+
+def _compiled(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`linear` in a compiled graph, where a product by oneDNN is an operator of its own."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if (
+        _serves_compiled()
+        and x.device.type == "cpu"
+        and x.dtype == weight_OI.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and rows % _ROW_MULTIPLE == 0
+        and worth_compiling(rows, weight_OI)
+    ):
+        out = matrix_product(x.reshape(rows, x.shape[-1]), weight_OI.t())
+        out = out if bias_O is None else out + bias_O
+        return out.view(*x.shape[:-1], weight_OI.shape[0])
+    return F.linear(x, weight_OI, bias_O)
+
+
+def _serves_compiled() -> bool:
+    return bool(torch.backends.mkldnn.enabled) and onednn_is_faster()
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler here.
+_serves_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@torch.library.custom_op("adaptive::matrix_product", mutates_args=())
+def matrix_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """`product` as an operator that compilers call and do not look into; differentiable."""
+    return product(a_MK, b_KN)
+
+
+@matrix_product.register_fake
+def _(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    return a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
+
+
+def _keep_factors(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _factor_gradients(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:
+    a_MK, b_KN = ctx.saved_tensors
+    for_a, for_b = ctx.needs_input_grad
+    return (
+        matrix_product(grad_MN, b_KN.t()) if for_a else None,
+        # As the layers do: a weight is what is transposed, and so is its gradient.
+        matrix_product(grad_MN.t(), a_MK).t() if for_b else None,
+    )
+
+
+matrix_product.register_autograd(_factor_gradients, setup_context=_keep_factors)
 
 
 class Linear(nn.Linear):

@@ -31,6 +31,8 @@ class Experts(nn.Module):
         mesh: how the ranks share the experts.
     """
 
+    compiles = False  # it reads how many rows each expert has
+
     def __init__(
         self,
         dim: int,

@@ -76,6 +76,8 @@ class Pattention(ExactBuffers):
     exact_buffers = ("scale",)  # rounded, every score changes
     scale: Tensor
 
+    compiles = False  # a Function in chunks, faster than what a compiler makes of its formula
+
     def __init__(
         self,
         in_features: int,

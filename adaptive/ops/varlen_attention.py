@@ -67,11 +67,19 @@ def varlen_attention(
         return varlen_attention(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal)[
             ..., :width
         ]
+    if torch.compiler.is_dynamo_compiling() and not (keys is None and queries.uniform):
+        # Lengths are read, and loops go over them: a graph for each batch.
+        return _uncompiled(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal)
     op = "varlen_attention" if keys is None else "varlen_cross_attention"
     function = choose(op, q_QHh).function
     if keys is None:
         return function(q_QHh, k_TGh, v_TGh, layout=queries, causal=causal)
     return function(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal)
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler here
+def _uncompiled(*qkv: Tensor, **options: Any) -> Tensor:
+    return varlen_attention(*qkv, **options)
 
 
 def with_key_bias(

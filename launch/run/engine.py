@@ -19,6 +19,7 @@ from launch.checkpoint.engine_files import only_data, problem_with_shard
 from launch.checkpoint.files import OPTIMIZER, save_tensors
 from launch.checkpoint.shards import MOMENTS, TAG, link_moments, set_whole, write_errors_last
 from launch.checkpoint.state import WholeState
+from launch.run.compiled import compile_for
 from launch.run.errors import BadInput
 from launch.run.experts import count_every_expert_once, declare_experts, expert_groups
 from launch.run.gradient_groups import gradient_norms
@@ -79,6 +80,7 @@ class Engine:
         self.audit = audit_groups(objective.model, groups)
         settings = engine_settings(config, mesh.data, replicas=mesh.replicas)
         stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+        compile_for(config, objective.model)
         if stage:
             fit_bucket(settings["zero_optimization"], objective)
         declare_experts(objective, mesh, zero_stage=stage)

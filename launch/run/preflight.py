@@ -11,6 +11,7 @@ from torch import nn
 from adaptive.flops import planned_flops
 from launch.checkpoint.contents import newest_checkpoint
 from launch.checkpoint.files import check_same_model, find_checkpoint, read_state
+from launch.run.compiled import check_compiles
 from launch.run.config import load_saved
 from launch.run.deepspeed_section import check_deepspeed
 from launch.run.engine import engine_settings
@@ -55,6 +56,7 @@ def check_run(config: RunConfig, *, ranks: int, speak: bool = False) -> None:
         with announced("checking the model"):
             model = meta_model(phase, mesh)
         _check_memory(model)
+        check_compiles(phase, model)
         _check_elements(model, stage)
         why = _uncounted(phase, model) if speak else None
         if why is not None:

@@ -64,6 +64,8 @@ class TrainConfig:
             times as many where compilation or files may take long; 0: never.
         stop_seconds: seconds in which ranks that are asked to end (SIGTERM) save and end before
             they are killed.
+        compile: compile layers by torch.compile (docs/profiling.md); needs a C++ compiler on a CPU,
+            triton on a GPU.
         growth: a list of {step, tokens, ffn_tokens}: parameter tokens of a TokenFormer from that
             step on; each stage between two growths is a phase with its own warm-up and cosine.
     """
@@ -88,6 +90,7 @@ class TrainConfig:
     move_within: int = 1
     hang_seconds: float = 300.0
     stop_seconds: float = 30.0
+    compile: bool = False
     growth: list[GrowthConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:

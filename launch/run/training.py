@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from adaptive.compiling import graphs
 from adaptive.observe.alarms import Alarm
 from adaptive.observe.metric_log import MetricLog
 from adaptive.observe.monitor import Monitor
@@ -167,6 +168,7 @@ def _run_phase(
             progress.say(f"with other settings than it: {'; '.join(changed)}")
     asked = said_uncounted = False
     begun = loop.state.phase_step
+    compiled = 0
     checkpoint: Path | None = None
     while loop.state.phase_step < train.steps and not asked:
         since = time.perf_counter()
@@ -182,12 +184,17 @@ def _run_phase(
         if loop.uncounted and not said_uncounted:
             said_uncounted = True
             progress.say(f"operations are not counted: {loop.uncounted}")
+        if train.compile and graphs() > compiled:
+            compiled = graphs()
+            progress.say(f"{name} {number}/{train.steps}  {compiled} graphs compiled so far")
         scalars = {"loss/train": report.loss, "learning_rate": learning_rate}
         scalars["data/waiting"] = report.waited / seconds
         if due:
             if norm is not None:
                 scalars["gradient_norm"] = norm
             scalars |= memory_in_use(device)
+            if train.compile:
+                scalars["compile/graphs"] = float(compiled)
         alarms = monitor.end_step(
             step,
             scalars,
