@@ -53,9 +53,10 @@ def gradient_norms(
     if not groups:
         return {}
     device = next(iter(trained.values())).device
+    parted = _in_partition(optimizer)
     where, norms, copies = [], [], []
     for name, parameter in trained.items():
-        own = _own_gradient(parameter)
+        own = _own_gradient(parameter) if parted is None else parted.get(id(parameter))
         if own is not None:
             where.append(groups.index(gradient_group(name)))
             norms.append(torch.linalg.vector_norm(own, dtype=torch.float64).to(device))
@@ -68,6 +69,23 @@ def gradient_norms(
         dist.all_reduce(squares)
     scale = float(getattr(optimizer, "loss_scale", 1.0))
     return dict(zip(groups, (squares.sqrt() / scale).tolist(), strict=True))
+
+
+def _in_partition(optimizer: Any) -> dict[int, Tensor] | None:
+    """By id of their parameter, what ZeRO 1 and 2 keep on this rank; None: found otherwise.
+
+    These are the pairs that the optimizer's own norm is over. What its parameters say of their
+    place among them is wrong with `round_robin_gradients`.
+    """
+    parameters = getattr(optimizer, "params_in_partition", None)
+    if parameters is None or optimizer.cpu_offload:
+        return None
+    held = {}
+    for group, gradients in optimizer.averaged_gradients.items():
+        filled = (g for g in gradients if not getattr(g, "_zero_padding", False))
+        # Behind the last parameter there may be padding.
+        held |= {id(p): g for p, g in zip(parameters[group], filled, strict=False)}
+    return held
 
 
 def _own_gradient(parameter: nn.Parameter) -> Tensor | None:

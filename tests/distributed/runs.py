@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -71,6 +72,17 @@ class Outcome:
     validation: dict[str, float]
     state: RunState
     norms_of_parts: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+def assert_same_norms(outcome: Outcome, reference: Outcome) -> None:
+    """Of the whole gradient and of its parts, which together are the whole."""
+    assert outcome.norms == pytest.approx(reference.norms, rel=1e-4)
+    assert len(outcome.norms_of_parts) == len(outcome.norms)
+    for parts, norm, wanted in zip(
+        outcome.norms_of_parts, outcome.norms, reference.norms_of_parts, strict=True
+    ):
+        assert parts == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+        assert sum(part**2 for part in parts.values()) ** 0.5 == pytest.approx(norm, rel=1e-5)
 
 
 def make_loop(config: RunConfig, state: RunState | None = None) -> Loop:

@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors.torch import load_file
 
 from adaptive.models.decoder.generate import Sampling, generate
 from adaptive.observe.metric_log import MetricLog, read_metrics
 from adaptive.observe.monitor import Monitor
 from adaptive.routing.summary import RoutingWindow
 from adaptive.routing.tape import RoutingRecord
+from launch.checkpoint.contents import WEIGHTS
+from launch.checkpoint.files import find_checkpoint
 from launch.checkpoint.models import load_decoder
 from launch.run.config import load_config
 from launch.run.training import run
@@ -155,6 +158,14 @@ def test_every_mesh_logs_the_same_numbers_and_texts(tmp_path: Path) -> None:
                 for line in lines
             ]
         )
+    # Watching draws nothing, moves nothing: the same weights, bit for bit, as where nobody looks.
+    unwatched = [f"output={tmp_path / 'unwatched'}", "monitor.every=9", "monitor.tensorboard=false"]
+    run_ranks(run_here, 1, [str(path), *unwatched, "monitor.samples.tokens=0"], timeout=120)
+    watched, alone = (
+        load_file(find_checkpoint(tmp_path / name) / WEIGHTS) for name in ("one", "unwatched")
+    )
+    assert watched.keys() == alone.keys()
+    assert all(torch.equal(watched[name], alone[name]) for name in watched)
     one, *others = logs
     assert [line["step"] for line in one] == [1, 2, 2]
     assert one[0]["gradients/layers.1/attention"] > 0

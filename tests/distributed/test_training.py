@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.runs import Outcome, tiny_config, train_few, write_text
+from tests.distributed.runs import (
+    Outcome,
+    assert_same_norms,
+    tiny_config,
+    train_few,
+    write_text,
+)
 from tests.ranks import run_ranks
 
 STAGES = (0, 1, 2, 3)
@@ -30,13 +36,7 @@ def reference(folder: Path) -> Outcome:
 def assert_same(outcome: Outcome, reference: Outcome, of: Any) -> None:
     # 1e-5: float32 sums in another order; the losses are about 5.5, weights about 0.02 to 1.
     assert outcome.losses == pytest.approx(reference.losses, abs=1e-5), of
-    assert outcome.norms == pytest.approx(reference.norms, rel=1e-4), of
-    for parts, norm, wanted in zip(
-        outcome.norms_of_parts, outcome.norms, reference.norms_of_parts, strict=True
-    ):
-        assert parts == pytest.approx(wanted, rel=1e-4), of
-        # All of them together are what the engine itself clips by.
-        assert sum(part**2 for part in parts.values()) ** 0.5 == pytest.approx(norm, rel=1e-5), of
+    assert_same_norms(outcome, reference)
     assert outcome.validation == pytest.approx(reference.validation, abs=1e-5), of
     assert outcome.weights.keys() == reference.weights.keys(), of
     for name, weight in reference.weights.items():
