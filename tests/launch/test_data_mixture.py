@@ -9,8 +9,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -18,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from adaptive.observe.metric_log import read_metrics
 from adaptive.observe.sinks import shown_name
-from launch.checkpoint.files import find_checkpoint
+from launch.checkpoint.files import find_checkpoint, load_model
 from launch.data.mixture import Mixture
+from launch.data.text import Corpus
 from launch.run.config import from_mapping
 from launch.run.errors import BadInput
 from launch.run.ranks import is_first
@@ -148,11 +152,18 @@ def test_a_run_of_several_sources_goes_on_and_measures_each(tmp_path: Path) -> N
     for count, share in zip(given, (24.0, 9.6, 4.8, 9.6), strict=True):
         assert abs(count - share) < 2  # within one, twice
 
+    model, config = load_model(tmp_path / "whole")
     shown = EventAccumulator(str(tmp_path / "whole" / "tensorboard" / "whole")).Reload()
-    for name in ("a.txt", "other", "c.txt"):
+    for name, source in zip(config.data.names, Corpus(config.data).sources, strict=True):
+        held_out = np.stack([source.validation_row(n) for n in range(source.held_out_rows)])
+        rows_BS = torch.from_numpy(held_out)
+        with torch.no_grad():
+            logits = model(rows_BS[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows_BS[:, 1:].flatten())
         tag = f"validation/loss/{name}"
         written = {line["step"]: line[tag] for line in records["whole"] if tag in line}
         assert list(written) == [3, 6]
+        assert written[6] == pytest.approx(float(loss), abs=1e-4)
         drawn = {event.step: event.value for event in shown.Scalars(shown_name(tag))}
         assert drawn == pytest.approx(written, rel=1e-6)
     assert any("validation/loss/new" in line for line in records["begun"])
