@@ -111,17 +111,26 @@ def packed_rows(tokens: Tokens, span: int, *, long: str) -> PackedRows:
     """
     ends = tokens.ends[:]
     lengths = np.diff(ends, prepend=0)
-    starts = (ends - lengths)[lengths > 0]
-    lengths = lengths[lengths > 0]
+    starts = ends - lengths
+    del ends  # of 1e8 documents an array is 0.8 GB
+    if not lengths.all():
+        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
     begins = np.ones(len(starts), bool)
     longer = lengths > span
     cut = dropped = 0
-    if long == "split":
+    if not longer.any():
+        pass
+    elif long == "split":
         pieces = -(-lengths // span)
         index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         begins = index == 0
-        starts = np.repeat(starts, pieces) + index * span
-        lengths = np.minimum(np.repeat(lengths, pieces) - index * span, span)
+        index *= span
+        starts = np.repeat(starts, pieces)
+        starts += index
+        lengths = np.repeat(lengths, pieces)
+        lengths -= index
+        lengths = np.minimum(lengths, span)
+        del pieces, index
         cut = int(longer.sum())
     elif long == "cut":
         cut = int(longer.sum())
@@ -137,11 +146,13 @@ def packed_rows(tokens: Tokens, span: int, *, long: str) -> PackedRows:
             learnt[place] = tokens.counts[start : start + span].any()
         dropped += int((~learnt).sum())
         starts, lengths, begins = starts[learnt], lengths[learnt], begins[learnt]
+    del longer
+    lengths = lengths.astype(np.int32)
     row_of_piece, rows = fit(lengths, span)
     order = np.argsort(row_of_piece, kind="stable")
     return PackedRows(
         starts[order],
-        lengths[order].astype(np.int32),
+        lengths[order],
         begins[order],
         np.searchsorted(row_of_piece[order], np.arange(rows + 1)),
         cut,
@@ -150,17 +161,23 @@ def packed_rows(tokens: Tokens, span: int, *, long: str) -> PackedRows:
 
 
 def fit(lengths: np.ndarray, span: int) -> tuple[np.ndarray, int]:
-    """The row of each piece, int64 [P], and how many rows there are.
+    """The row of each piece, integers [P], and how many rows there are.
 
     Best fit, the longest first. All pieces of one length are placed together, so that the work is
     of the order of span**2 at most, however many pieces there are.
     """
-    rows = np.zeros(len(lengths), np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    there, first = np.unique(-lengths[order], return_index=True)
+    rows = np.zeros(len(lengths), np.int32 if len(lengths) < 1 << 31 else np.int64)
+    if not len(lengths):
+        return rows, 0
+    # Small integers are sorted by their digits.
+    space_behind = (span - lengths).astype(np.uint16 if span < 1 << 16 else np.int64)
+    order = np.argsort(space_behind, kind="stable")
+    counts = np.bincount(space_behind)
+    there = np.flatnonzero(counts)
+    first = np.cumsum(counts[there]) - counts[there]
     spaces: dict[int, list[np.ndarray]] = {}  # rows by how much still fits into them
     made = 0
-    for length, pieces in zip((-there).tolist(), np.split(order, first[1:]), strict=True):
+    for length, pieces in zip((span - there).tolist(), np.split(order, first[1:]), strict=True):
         for space in sorted(space for space in spaces if space >= length):
             open_rows = _joined(spaces.pop(space))
             used, pieces = _place(rows, pieces, open_rows, length, space, spaces)

@@ -155,6 +155,8 @@ def test_conversations_without_an_answer_are_dropped_and_counted(tmp_path: Path)
     dropped = corpus(tmp_path, [*rows[:30], *long], too_long="drop")
     assert " dropped" in dropped.describe()[0]
     assert max(dropped.sources[0].packed_tokens(n) for n in range(dropped.sources[0].rows)) <= 128
+    with pytest.raises(BadInput, match=r"no row of chat.jsonl is left to learn"):
+        corpus(tmp_path, long, too_long="drop")
 
 
 def test_interrupted_conversations_hold_out_what_undisturbed_ones_do(
