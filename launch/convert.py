@@ -1,6 +1,7 @@
 """Turn one checkpoint into another: `python -m launch.convert METHOD …`.
 
-METHOD is one of acm, distillation, duo, tokenformer, upcycling; `METHOD --help` tells its options.
+METHOD is one of acm, distillation, duo, to_transformers, tokenformer, transformers, upcycling;
+`METHOD --help` tells its options.
 The source is only read. What becomes a run is its beginning: the last line says how to train it.
 """
 
@@ -13,7 +14,15 @@ from launch.checkpoint.beginning import how_to_train
 from launch.run.children import stop_with_script
 from launch.run.errors import OneLineParser, program
 
-METHODS = ("acm", "distillation", "duo", "tokenformer", "upcycling")
+METHODS = (
+    "acm",
+    "distillation",
+    "duo",
+    "to_transformers",
+    "tokenformer",
+    "transformers",
+    "upcycling",
+)
 
 
 @program

@@ -5,11 +5,16 @@ Shape legend: T tokens, E experts, e experts of this rank, D width, F feed-forwa
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from adaptive.ops.expert_feed_forward import Activation, check_activation, expert_feed_forward
 from adaptive.ops.flop_counter import FlopCounter, Work
+from adaptive.routing.assignment import Assignment
+from adaptive.routing.routers import LinearRouter
 from parallel.expert import mark_expert_parameter
 from parallel.mesh import Mesh
 from parallel.tensor import split_parameter
@@ -111,3 +116,49 @@ class Experts(nn.Module):
         weight_grad = self.down_proj.requires_grad
         count.linear(self.dim, up_rows, work, weight_grad=weight_grad)
         count.linear(self.ffn_dim, self.dim, work, weight_grad=weight_grad)
+
+
+class SharedExperts(Experts):
+    """A feed-forward that every token uses, beside those that it chooses.
+
+    Every rank of the expert axis has it.
+
+    Args:
+        dim, ffn_dim: D; F of all shared experts together.
+        gated: weigh what they say by `sigmoid(h w)`, a number a token (Qwen2-MoE).
+        mesh: how the ranks share the channels.
+        options: of `Experts`.
+    """
+
+    def __init__(
+        self, dim: int, ffn_dim: int, *, gated: bool = False, mesh: Mesh, **options: Any
+    ) -> None:
+        everywhere = replace(mesh, expert=1, expert_rank=0, expert_group=None)
+        super().__init__(dim, ffn_dim, 1, mesh=everywhere, **options)
+        std = options.get("std", 0.02)
+        self.gate = LinearRouter(dim, 1, std=std, mesh=mesh) if gated else None
+
+    def weights(self, hidden_TD: Tensor) -> Tensor | None:
+        """[T, 1], of this rank's own tokens; None: there is no gate."""
+        return None if self.gate is None else self.gate(hidden_TD).sigmoid()
+
+    def forward(  # type: ignore[override]
+        self, x_TD: Tensor, *, valid_T: Tensor | None = None, weights_T1: Tensor | None = None
+    ) -> Tensor:
+        """[T, D], zeros at padding; a partial sum of tensor ranks, as of `Experts`."""
+        if valid_T is not None:
+            everyone = Assignment.from_choices(
+                torch.zeros_like(valid_T, dtype=torch.long)[:, None], 1, taken_TK=valid_T[:, None]
+            )
+            pairs, rows = everyone.pairs, everyone.tokens_per_expert
+        else:
+            pairs = torch.arange(x_TD.shape[0], device=x_TD.device)
+            rows = torch.full((1,), x_TD.shape[0], device=x_TD.device)
+        out_TD = super().forward(x_TD, pairs_N=pairs, rows_per_expert_e=rows)
+        return out_TD if weights_T1 is None else out_TD * weights_T1.to(out_TD.dtype)
+
+    def count_flops(self, count: FlopCounter, work: Work) -> None:
+        """Of every token, its gate included."""
+        super().count_flops(count, work)
+        if self.gate is not None:
+            count(self.gate, work)

@@ -7,8 +7,8 @@ list. What is asked of one is said in `adaptive.blocks.protocol`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field, is_dataclass, make_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
@@ -27,6 +27,7 @@ __all__ = [
     "Method",
     "MethodHost",
     "RoutedBlock",
+    "configured",
     "methods",
     "register_method",
     "takes_methods",
@@ -89,6 +90,26 @@ def register_method(method: M) -> M:
         if place in places:
             _add_field(host, method)
     return method
+
+
+def configured(kind: type[Method], options: dict[str, Any]) -> Method:
+    """The method's configuration; nested ones may come as dictionaries, as files have them.
+
+    Raises:
+        ValueError: it has no such option, or one is out of range.
+    """
+    hints = get_type_hints(kind)
+    known = {field.name for field in fields(kind)}
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{name}: {kind.name} has no such option; has {', '.join(known)}")
+        kinds = [k for k in (hints[name], *get_args(hints[name])) if is_dataclass(k)]
+        if isinstance(value, dict) and kinds:
+            options = options | {name: kinds[0](**value)}  # type: ignore[operator]
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ValueError(f"{kind.name}: {error}") from None
 
 
 class MethodHost:

@@ -7,14 +7,14 @@ N taken (token, expert) pairs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from adaptive.blocks.experts import Experts
+from adaptive.blocks.experts import Experts, SharedExperts
 from adaptive.blocks.mixtral_weights import load_mixtral_weights, mixtral_sizes, mixtral_weights
 from adaptive.blocks.protocol import LayerContext, MakeFeedForward, Method, RoutedBlock
 from adaptive.blocks.wrapping import without_padding
@@ -89,6 +89,7 @@ class MixtureOfExperts(RoutedBlock):
         balance_coefficient, z_coefficient: of the two losses.
         bias_rate: above 0, balance without a loss: step size of the bias (`ExpertBias`).
         shared_experts: this many times `ffn_dim` of feed-forward that every token uses.
+        shared_gate: weigh what they say by `sigmoid(h w)` of each token (Qwen2-MoE).
         freeze_router, freeze_experts: leave them out of training (fine-tuning).
         std, output_std: of the initial weights of the experts, see `Experts`.
         mesh: how the ranks share the experts, and the channels of each.
@@ -123,6 +124,7 @@ class MixtureOfExperts(RoutedBlock):
         z_coefficient: float = 0.0,
         bias_rate: float = 0.0,
         shared_experts: int = 0,
+        shared_gate: bool = False,
         freeze_router: bool = False,
         freeze_experts: bool = False,
         std: float = 0.02,
@@ -140,6 +142,8 @@ class MixtureOfExperts(RoutedBlock):
             raise ValueError(f"jitter={jitter}: must be in [0, 1)")
         if shared_experts < 0:
             raise ValueError(f"shared_experts={shared_experts}: must be 0 or more")
+        if shared_gate and not shared_experts:
+            raise ValueError("shared_gate=True: needs shared_experts of 1 or more")
         if choice not in get_args(ExpertsChoice):
             raise ValueError(f"choice={choice!r}: must be token or expert")
         if choice == "expert":
@@ -157,13 +161,12 @@ class MixtureOfExperts(RoutedBlock):
         self.gate: Gate = getattr(self.router, "gate", "softmax") if gate is None else gate
         if self.gate not in get_args(Gate):
             raise ValueError(f"gate={self.gate!r}: must be softmax or sigmoid")
-        make = partial(Experts, activation=activation, std=std, output_std=output_std)
-        self.experts = make(dim, ffn_dim, num_experts, mesh=self.mesh)
+        given: dict[str, Any] = {"activation": activation, "std": std, "output_std": output_std}
+        self.experts = Experts(dim, ffn_dim, num_experts, mesh=self.mesh, **given)
         self.shared = None
         if shared_experts:
-            # Every rank of the expert axis has them.
-            shared_mesh = replace(self.mesh, expert=1, expert_rank=0, expert_group=None)
-            self.shared = make(dim, shared_experts * ffn_dim, 1, mesh=shared_mesh)
+            given |= {"gated": shared_gate, "mesh": self.mesh}
+            self.shared = SharedExperts(dim, shared_experts * ffn_dim, **given)
         self.expert_bias = ExpertBias(units, rate=bias_rate) if bias_rate else None
         self.router.requires_grad_(not freeze_router)
         self.experts.requires_grad_(not freeze_experts)
@@ -206,7 +209,9 @@ class MixtureOfExperts(RoutedBlock):
         assert own.weights is not None
         out_TD = self.compute(x_TD, assignment.with_weights(enter(own.weights)))
         if self.shared is not None:
-            out_TD = out_TD + self._shared(self.shared, x_TD, everyone_T)
+            weights_T1 = self.shared.weights(without_padding(hidden_TD, valid_T))
+            weights_T1 = None if weights_T1 is None else enter(weights_T1)
+            out_TD = out_TD + self.shared(x_TD, valid_T=everyone_T, weights_T1=weights_T1)
         out_TD = leave_tensor_region(out_TD, self.mesh, shard_sizes=shards)
         self._observe(hidden_TD, logits_TE, scores_TE, own, valid_T)
         return out_TD.to(hidden.dtype).view_as(hidden)
@@ -290,17 +295,6 @@ class MixtureOfExperts(RoutedBlock):
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)
         return weights_TK
-
-    def _shared(self, shared: Experts, hidden_TD: Tensor, valid_T: Tensor | None) -> Tensor:
-        if valid_T is not None:
-            everyone = Assignment.from_choices(
-                torch.zeros_like(valid_T, dtype=torch.long)[:, None], 1, taken_TK=valid_T[:, None]
-            )
-            pairs, rows = everyone.pairs, everyone.tokens_per_expert
-        else:
-            pairs = torch.arange(hidden_TD.shape[0], device=hidden_TD.device)
-            rows = torch.full((1,), hidden_TD.shape[0], device=hidden_TD.device)
-        return shared(hidden_TD, pairs_N=pairs, rows_per_expert_e=rows)
 
     def _observe(
         self,
@@ -474,8 +468,8 @@ class MixtureOfExpertsConfig(Method):
         idle_experts: experts that do nothing beside the others (integrated MoDE).
         num_groups, chosen_groups: above 1 group, a token's experts come from so many of them.
         num_experts, top_k, gate, capacity_factor, activation, renormalize, choice, jitter,
-        balance_coefficient, z_coefficient, bias_rate, shared_experts, freeze_router,
-        freeze_experts: see `MixtureOfExperts`.
+        balance_coefficient, z_coefficient, bias_rate, shared_experts, shared_gate,
+        freeze_router, freeze_experts: see `MixtureOfExperts`.
     """
 
     name = "mixture_of_experts"
@@ -502,6 +496,7 @@ class MixtureOfExpertsConfig(Method):
     z_coefficient: float = 0.0
     bias_rate: float = 0.0
     shared_experts: int = 0
+    shared_gate: bool = False
     freeze_router: bool = False
     freeze_experts: bool = False
 

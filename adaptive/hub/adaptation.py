@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
-from adaptive.hub.placing import apply_method, configured, layers_field, method_named
+from adaptive.blocks.method import configured
+from adaptive.hub.placing import apply_method, layers_field, method_named
 from adaptive.hub.saving import remember
 
 M = TypeVar("M", bound=PreTrainedModel)

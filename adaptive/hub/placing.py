@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from dataclasses import fields
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -76,22 +76,6 @@ def layers_field(kind: type[Method]) -> str:
         if name in names:
             return name
     raise ValueError(f"layers: {kind.name} takes none; it changes every layer")
-
-
-def configured(kind: type[Method], options: dict[str, Any]) -> Method:
-    """The method's configuration; nested ones may come as dictionaries, as files have them."""
-    hints = get_type_hints(kind)
-    known = {field.name for field in fields(kind)}
-    for name, value in options.items():
-        if name not in known:
-            raise ValueError(f"{name}: {kind.name} has no such option; has {', '.join(known)}")
-        kinds = [k for k in (hints[name], *get_args(hints[name])) if is_dataclass(k)]
-        if isinstance(value, dict) and kinds:
-            options = options | {name: kinds[0](**value)}  # type: ignore[operator]
-    try:
-        return kind(**options)
-    except TypeError as error:
-        raise ValueError(f"{kind.name}: {error}") from None
 
 
 def _built(config: Method, context: LayerContext) -> RoutedBlock:

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from adaptive.blocks.method import Method
-from adaptive.hub.placing import apply_method, configured, method_named
+from adaptive.blocks.method import Method, configured
+from adaptive.hub.placing import apply_method, method_named
 
 ENTRY = "adaptive"
 _AUTO = (

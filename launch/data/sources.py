@@ -163,8 +163,13 @@ def is_own_folder(folder: Path) -> bool:
     )
 
 
-def find_files(path: str | None, *, conversations: bool = False) -> list[File]:
+def find_files(path: str | None, *, conversations: bool = False, utf8: bool = False) -> list[File]:
     """The files of `data.path`, sorted by name; of the default, as texts or as conversations.
+
+    Args:
+        path: see TextConfig.
+        conversations: of the default: functions.
+        utf8: leave out what of the default is in other encodings, which a tokenizer cannot take.
 
     Raises:
         BadInput: there is none, or one that holds no text.
@@ -176,7 +181,7 @@ def find_files(path: str | None, *, conversations: bool = False) -> list[File]:
         names = sorted((r.as_posix(), p) for r, p in sources if not skip & set(r.parts))
         if conversations:  # its modules: packages are large, and mostly tests
             return [File(name, p, "functions") for name, p in names if "/" not in name]
-        return [File(name, p, "text") for name, p in names]
+        return [File(name, p, "text") for name, p in names if not utf8 or _is_utf8(p)]
     pattern = os.path.expanduser(path)
     if Path(pattern).is_dir():
         root = Path(pattern)
@@ -197,6 +202,14 @@ def find_files(path: str | None, *, conversations: bool = False) -> list[File]:
     if all(file.kind == "index" for file in files):
         raise BadInput(f"{files[0].path}: is the index of a .bin: name that")
     return sorted(file for file in files if file.kind != "index")
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _below_own_folder(file: Path, root: Path) -> bool:

@@ -170,7 +170,8 @@ class Source:
         given = Path(config.path or "").expanduser()
         if config.path is not None and (given / "meta.json").is_file():
             return self._read_folder(given)
-        files = find_files(config.path, conversations=config.conversations)
+        utf8 = config.tokenizer != "bytes"
+        files = find_files(config.path, conversations=config.conversations, utf8=utf8)
         held = [file for file in files if file.kind == "ids"]
         if held and len(held) < len(files):
             other = next(file for file in files if file.kind != "ids")

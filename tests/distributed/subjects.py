@@ -25,6 +25,7 @@ from adaptive.models import (
     VisionConfig,
     VisionTransformer,
 )
+from adaptive.models.decoder.rope_scaling import RopeScaling
 from adaptive.models.diffusion.flow_matching import Draws, draw, flow_matching_loss
 from adaptive.routing.gumbel import GumbelSchedule
 from adaptive.routing.layout import TokenLayout
@@ -90,7 +91,7 @@ DEPTHS = MixtureOfDepthsConfig(capacity=0.25)
 EXPERTS = MixtureOfExpertsConfig(num_experts=4, ffn_dim=32, z_coefficient=0.01)
 # More than the paper's two channels for four experts: normalising those amplifies rounding.
 HYPERSPHERICAL = replace(
-    EXPERTS, router="hyperspherical", projection_dim=8, top_k=1, shared_experts=1
+    EXPERTS, router="hyperspherical", projection_dim=8, top_k=1, shared_experts=1, shared_gate=True
 )
 PATTENTION = PattentionConfig(tokens=32, ffn_tokens=64)
 TOKENFORMER = replace(TINY, norm="parameter_free")
@@ -102,7 +103,14 @@ FAMILIES = {
     "documents": LanguageModel(
         replace(TINY, num_kv_heads=2, mixture_of_depths=DEPTHS), documents=(5, 1, 18)
     ),
-    "dense": LanguageModel(replace(TINY, tie_embeddings=True)),
+    "dense": LanguageModel(
+        replace(
+            TINY,
+            tie_embeddings=True,
+            qk_norm="projection",
+            rope_scaling=RopeScaling("linear", factor=2.0),
+        )
+    ),
     "mixture_of_depths": LanguageModel(replace(TINY, num_kv_heads=2, mixture_of_depths=DEPTHS)),
     "mixture_of_experts": LanguageModel(replace(TINY, mixture_of_experts=EXPERTS)),
     "hyperspherical": LanguageModel(replace(TINY, mixture_of_experts=HYPERSPHERICAL)),

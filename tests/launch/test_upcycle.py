@@ -18,7 +18,7 @@ from launch.convert import main
 from launch.run.config import from_mapping, load_config
 from launch.run.preflight import check_run, starting_checkpoint
 from parallel.checkpoint import save_atomically
-from tests.adaptive.models.test_upcycling import ids, saved
+from tests.adaptive.models.test_transformers_weights import ids, random_model
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 
@@ -92,17 +92,11 @@ def test_what_a_run_resumed_from_is_not_what_its_mixture_resumes_from(tmp_path: 
 def test_a_transformers_directory_becomes_mixtral_and_comes_back(tmp_path: Path) -> None:
     from transformers import MixtralForCausalLM
 
-    expected = saved("llama", tmp_path / "llama")(ids()).logits
-    main(
-        [
-            "upcycling",
-            str(tmp_path / "llama"),
-            str(tmp_path / "mixtral"),
-            "--experts",
-            "4",
-            "--mixtral",
-        ]
-    )
+    dense = random_model("Llama", {})
+    dense.save_pretrained(tmp_path / "llama")
+    expected, run = dense(ids()).logits, str(tmp_path / "run")
+    main(["upcycling", str(tmp_path / "llama"), run, "--experts", "4"])
+    main(["to_transformers", run, "--output", str(tmp_path / "mixtral")])
     theirs = MixtralForCausalLM.from_pretrained(tmp_path / "mixtral").eval()
     torch.testing.assert_close(theirs(ids()).logits, expected, atol=1e-4, rtol=0)
 
@@ -130,7 +124,7 @@ def test_bad_options_exit_with_one_line(
 def test_a_mixtral_directory_without_a_shard_leaves_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved("mixtral", tmp_path / "in", num_local_experts=4)
+    random_model("Mixtral", {"num_local_experts": 4}).save_pretrained(tmp_path / "in")
     weights = load_file(tmp_path / "in" / "model.safetensors")
     lacking = {n: t for n, t in weights.items() if "layers.1." not in n}
     save_file(lacking, tmp_path / "in" / "model.safetensors")
@@ -152,7 +146,7 @@ def test_a_mixtral_directory_without_a_shard_leaves_nothing_behind(
 def test_a_directory_that_cannot_be_read_is_one_line(
     file: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved("llama", tmp_path / "in")
+    random_model("Llama", {}).save_pretrained(tmp_path / "in")
     (tmp_path / "in" / file).write_text(content)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

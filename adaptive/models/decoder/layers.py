@@ -7,13 +7,14 @@ G key-value heads, h head width.
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.blocks.feed_forward import MakeLinear, SwiGLU
+from adaptive.models.decoder.rope_scaling import RopeScaling
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import pack
 from adaptive.ops.ring_attention import ring_attention
@@ -33,6 +34,7 @@ from parallel.tensor import (
     replicated_in_region,
     row_linear,
     split_parameter,
+    sum_over_tensor,
 )
 
 __all__ = [
@@ -102,12 +104,22 @@ class ParameterFreeLayerNorm(nn.Module):
 
 
 def rotary_tables(
-    positions_T: Tensor, rotary_dim: int, *, base: float = 10000.0
+    positions_T: Tensor,
+    rotary_dim: int,
+    *,
+    base: float = 10000.0,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [T, 1, rotary_dim / 2], of rotate-half pairs (i, i + rotary_dim/2)."""
     exponent = torch.arange(0, rotary_dim, 2, device=positions_T.device).float() / rotary_dim
-    angles = positions_T.float()[:, None] * (base**-exponent)[None, :]
-    return angles.cos()[:, None, :], angles.sin()[:, None, :]
+    frequencies = base**-exponent
+    if scaling is not None:
+        frequencies = scaling.scaled(frequencies, base=base)
+    angles = positions_T.float()[:, None] * frequencies[None, :]
+    cos, sin = angles.cos()[:, None, :], angles.sin()[:, None, :]
+    if scaling is not None and scaling.amplitude != 1:
+        return cos * scaling.amplitude, sin * scaling.amplitude
+    return cos, sin
 
 
 def apply_rotary(x_THh: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -135,6 +147,27 @@ class HeadNorm(nn.Module):
         return rms_norm(x_THh.flatten(0, 1), weight_h, self.eps).view_as(x_THh)
 
 
+class ProjectionNorm(nn.Module):
+    """RMS norm over all heads of a token's queries or keys, a weight for each channel (OLMoE).
+
+    Tensor ranks hold some of the heads: they sum squares, and each has its channels' weights.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, *, eps: float, mesh: Mesh) -> None:
+        super().__init__()
+        self.eps, self.mesh, self.width = eps, mesh, num_heads * head_dim
+        self.weight = split_parameter(torch.ones(self.width), 0, mesh=mesh, name="norm")
+
+    def forward(self, x_THh: Tensor) -> Tensor:
+        weight_Hh = self.weight.to(x_THh.dtype).view(x_THh.shape[1:])
+        if self.mesh.tensor_group is None:
+            return rms_norm(x_THh.flatten(1), weight_Hh.flatten(), self.eps).view_as(x_THh)
+        wide_THh = x_THh.to(torch.promote_types(x_THh.dtype, torch.float32))
+        squares_T = sum_over_tensor(wide_THh.square().sum((1, 2)), self.mesh)
+        scale_T = (squares_T / self.width + self.eps).rsqrt()
+        return (wide_THh * scale_T[:, None, None]).to(x_THh.dtype) * weight_Hh
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, over packed tokens.
 
@@ -153,9 +186,11 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = False,
-        qk_norm_eps: float | None = None,
+        qk_norm: bool | Literal["projection"] = False,
+        norm_eps: float = 1e-6,
         rotary_fraction: float = 1.0,
         rope_base: float = 10000.0,
+        rope_scaling: RopeScaling | None = None,
         make_input: MakeLinear | None = None,
         make_output: MakeLinear | None = None,
         mesh: Mesh | None = None,
@@ -169,7 +204,7 @@ class Attention(nn.Module):
         make_output = partial(row_linear, mesh=mesh) if make_output is None else make_output
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.rotary_dim = int(self.head_dim * rotary_fraction) // 2 * 2
-        self.rope_base = rope_base
+        self.rotary = partial(rotary_tables, base=rope_base, scaling=rope_scaling)
         # Heads of this rank: the projections are split by whole heads.
         self.heads, self.kv_heads = num_heads // mesh.tensor, num_kv_heads // mesh.tensor
         check_heads(self.heads, mesh)
@@ -182,10 +217,16 @@ class Attention(nn.Module):
             full = torch.zeros(count * self.head_dim)
             own = split_parameter(full, 0, mesh=mesh, name=f"{name} bias") if bias else None
             self.register_parameter(f"{name}_bias", own)
-        self.query_norm = self.key_norm = None
-        if qk_norm_eps is not None:
+        self.query_norm: nn.Module | None = None
+        self.key_norm: nn.Module | None = None
+        if qk_norm == "projection":
             self.query_norm, self.key_norm = (
-                HeadNorm(self.head_dim, eps=qk_norm_eps, mesh=mesh) for _ in range(2)
+                ProjectionNorm(heads, self.head_dim, eps=norm_eps, mesh=mesh)
+                for heads in (num_heads, num_kv_heads)
+            )
+        elif qk_norm:
+            self.query_norm, self.key_norm = (
+                HeadNorm(self.head_dim, eps=norm_eps, mesh=mesh) for _ in range(2)
             )
 
     def forward(
@@ -277,10 +318,10 @@ class Attention(nn.Module):
         """Queries and keys at their positions; None: keys are at those of the queries."""
         if not self.rotary_dim:
             return q_RHh, k_TGh
-        tables = rotary_tables(positions_R, self.rotary_dim, base=self.rope_base)
+        tables = self.rotary(positions_R, self.rotary_dim)
         q_RHh = apply_rotary(q_RHh, tables)
         if positions_T is not None:
-            tables = rotary_tables(positions_T, self.rotary_dim, base=self.rope_base)
+            tables = self.rotary(positions_T, self.rotary_dim)
         return q_RHh, apply_rotary(k_TGh, tables)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:

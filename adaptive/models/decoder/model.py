@@ -23,6 +23,7 @@ from adaptive.models.decoder.layers import (
     RMSNorm,
     SwiGLU,
 )
+from adaptive.models.decoder.rope_scaling import RopeScaling
 from adaptive.ops.cross_entropy import cross_entropy
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import pack
@@ -58,10 +59,12 @@ class DecoderConfig(MethodHost):
         num_kv_heads: key-value heads; None: as many as query heads.
         ffn_dim: feed-forward width; None: 8/3 D, rounded up to a multiple of 64.
         head_dim: width of a head; None: D / heads.
-        attention_bias, qk_norm: biases of queries, keys and values (Qwen 2); a norm of every query
-            and key head (Qwen 3).
+        attention_bias: biases of queries, keys and values (Qwen 2).
+        qk_norm: a norm of every query and key head (Qwen 3); "projection": one over all heads of a
+            token (OLMoE).
         max_seq_len: longest sequence that the model is trained on; generation stops there.
         rotary_fraction, rope_base: share of each head that rotates; base of its frequencies.
+        rope_scaling: for longer texts than the first training's, see `RopeScaling`.
         norm_eps: of the RMS norms.
         norm: of the blocks: "rms", or "parameter_free" LayerNorm (the final norm then has weights).
         tie_embeddings: the output projection is the embedding.
@@ -80,10 +83,11 @@ class DecoderConfig(MethodHost):
     ffn_dim: int | None = None
     head_dim: int | None = None
     attention_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | Literal["projection"] = False
     max_seq_len: int = 512
     rotary_fraction: float = 1.0
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm: Literal["rms", "parameter_free"] = "rms"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
@@ -112,6 +116,8 @@ class DecoderConfig(MethodHost):
             )
         if not 0 <= self.rotary_fraction <= 1:
             raise ValueError(f"rotary_fraction={self.rotary_fraction}: must be in [0, 1]")
+        if self.qk_norm not in (True, False, "projection"):
+            raise ValueError(f"qk_norm={self.qk_norm!r}: must be true, false or projection")
         if self.norm not in ("rms", "parameter_free"):
             raise ValueError(f"norm={self.norm!r}: must be rms or parameter_free")
         self.check_methods(self.num_layers)
@@ -323,9 +329,11 @@ def build_layer(config: DecoderConfig, index: int, mesh: Mesh) -> nn.Module:
         num_kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         bias=config.attention_bias,
-        qk_norm_eps=config.norm_eps if config.qk_norm else None,
+        qk_norm=config.qk_norm,
+        norm_eps=config.norm_eps,
         rotary_fraction=config.rotary_fraction,
         rope_base=config.rope_base,
+        rope_scaling=config.rope_scaling,
         make_input=linears.input,
         make_output=linears.output,
         mesh=mesh,

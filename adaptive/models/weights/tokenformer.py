@@ -176,7 +176,8 @@ def _check_published(config: DecoderConfig) -> None:
     sizes = (config.vocab_size, config.dim, config.num_layers, config.num_heads)
     published = _config(*sizes, pattention, max_seq_len=config.max_seq_len)
     others = [method.name for method in config.methods if method.name != pattention.name]
-    for name in ("rotary_fraction", "rope_base", "attention_bias", "qk_norm", *others):
+    plain = ("rotary_fraction", "rope_base", "rope_scaling", "attention_bias", "qk_norm")
+    for name in (*plain, *others):
         wanted = getattr(published, name)
         if getattr(config, name) != wanted:
             raise ValueError(f"{name}={getattr(config, name)}: must be {wanted} to be published")

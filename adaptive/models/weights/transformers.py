@@ -1,59 +1,68 @@
-"""Decoders with the weights of `transformers` models: Llama, Qwen 2, Qwen 3 and Mixtral.
+"""Decoders with the settings and weights of models of `transformers`, both ways.
 
 Names are those of their safetensors files; settings those of their config.json. Rotary pairs are
-the same (rotate-half), so weights are copied as they are.
+the same (rotate-half), so weights go as they are. A layer that routes tokens keeps its weights
+under the dense layer's names, and what the method adds is at `model.layers.N.routing.…`, with an
+entry `adaptive` in the settings: a model of `adaptive.hub`, as its `save_pretrained` writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adaptive.blocks.mixtral_weights import stacked
-from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
+from adaptive.blocks.method import Method, configured, methods
 from adaptive.models.decoder.model import Decoder, DecoderConfig
-
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
-
-_LAYER = {
-    "input_layernorm.weight": "attention_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "self_attn.q_proj.weight": "attention.query.weight",
-    "self_attn.k_proj.weight": "attention.key.weight",
-    "self_attn.v_proj.weight": "attention.value.weight",
-    "self_attn.o_proj.weight": "attention.output.weight",
-    "self_attn.q_proj.bias": "attention.query_bias",
-    "self_attn.k_proj.bias": "attention.key_bias",
-    "self_attn.v_proj.bias": "attention.value_bias",
-    "self_attn.q_norm.weight": "attention.query_norm.weight",
-    "self_attn.k_norm.weight": "attention.key_norm.weight",
-    "mlp.gate_proj.weight": "ffn.gate.weight",
-    "mlp.up_proj.weight": "ffn.up.weight",
-    "mlp.down_proj.weight": "ffn.down.weight",
-}
-_WHOLE = {
-    "model.embed_tokens.weight": "embedding.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_EXPERTS = ("block_sparse_moe.", "mlp.")
-_SPARSE_OURS = {
-    "gate.weight": "ffn.router.weight",
-    "experts.gate_up_proj": "ffn.experts.gate_up_proj",
-    "experts.down_proj": "ffn.experts.down_proj",
-}
-_NEEDED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
+from adaptive.models.weights.families import (
+    Family,
+    family_named,
+    family_of,
+    read_settings,
+    write_settings,
 )
-_NEEDED_OF_EXPERTS = ("num_local_experts", "num_experts_per_tok")
+
+ENTRY = "adaptive"
+
+_WHOLE = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_ATTENTION = {
+    "query.weight": "q_proj.weight",
+    "key.weight": "k_proj.weight",
+    "value.weight": "v_proj.weight",
+    "output.weight": "o_proj.weight",
+    "query_bias": "q_proj.bias",
+    "key_bias": "k_proj.bias",
+    "value_bias": "v_proj.bias",
+    "query_norm.weight": "q_norm.weight",
+    "key_norm.weight": "k_norm.weight",
+}
+_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    **{f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{f"ffn.{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
+    "ffn.shared.gate.weight": "mlp.shared_expert_gate.weight",
+}
+# What transformers 5 calls tensors in memory, and its files of some families.
+_STACKED = {
+    "ffn.router.weight": ("mlp.gate.weight", "block_sparse_moe.gate.weight"),
+    "ffn.experts.gate_up_proj": ("mlp.experts.gate_up_proj",),
+    "ffn.experts.down_proj": ("mlp.experts.down_proj",),
+}
+
+
+class Part(NamedTuple):
+    """Where one of their tensors lies in ours: all of `name`, or the part `at`."""
+
+    name: str
+    at: tuple[int | slice, ...] = ()
 
 
 def decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
@@ -62,199 +71,210 @@ def decoder_config(settings: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ValueError: names the setting that is missing or that our decoder cannot express.
     """
-    kind = settings.get("model_type")
-    if kind not in SUPPORTED:
-        raise ValueError(f"model_type={kind!r}: must be one of {', '.join(SUPPORTED)}")
-    for name in _NEEDED + _NEEDED_OF_EXPERTS * (kind == "mixtral"):
-        if name not in settings:
-            raise ValueError(f"{name}: missing from the settings")
-    for name, plain in (("hidden_act", ("silu",)), ("mlp_bias", (False, None))):
-        if settings.get(name, plain[0]) not in plain:
-            raise ValueError(f"{name}={settings[name]!r}: must be {plain[0]!r}")
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise ValueError(f"rope_type={rope_type!r}: only default rotary embeddings are supported")
-    windows = settings.get("use_sliding_window", kind in ("mistral", "mixtral"))
-    length, window = settings.get("max_position_embeddings", 2048), settings.get("sliding_window")
-    if windows and window is not None and window < length:
-        # Within the window nothing differs.
-        length = window
-    heads, dim = settings["num_attention_heads"], settings["hidden_size"]
-    head_dim = settings.get("head_dim")
-    config = DecoderConfig(
-        vocab_size=settings["vocab_size"],
-        dim=dim,
-        num_layers=settings["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=settings.get("num_key_value_heads") or heads,
-        head_dim=None if head_dim in (None, dim // heads) else head_dim,
-        ffn_dim=settings["intermediate_size"],
-        max_seq_len=length,
-        rope_base=float(rope.get("rope_theta", settings.get("rope_theta", 10000.0))),
-        norm_eps=settings.get("rms_norm_eps", 1e-6),
-        attention_bias=settings.get("attention_bias", kind == "qwen2"),
-        qk_norm=kind == "qwen3",
-        tie_embeddings=settings.get("tie_word_embeddings", False),
-        init_std=settings.get("initializer_range", 0.02),
-    )
-    if kind == "mixtral":
-        if settings["num_experts_per_tok"] < 2:
-            # There it has weight 1, whatever its probability, and no router learns.
-            raise ValueError(
-                f"num_experts_per_tok={settings['num_experts_per_tok']}: must be 2 or more, "
-                "one expert a token has another weight there"
-            )
-        experts = MixtureOfExpertsConfig(
-            num_experts=settings["num_local_experts"],
-            top_k=settings["num_experts_per_tok"],
-            balance_coefficient=settings.get("router_aux_loss_coef", 0.001),
-            jitter=settings.get("router_jitter_noise", 0.0),
-        )
-        config = config.with_method(experts)
+    layers: list[Method] = []
+    if settings.get("model_type") == ENTRY:
+        base, layers = _entry(settings.get(ENTRY))
+        settings = {**settings, "model_type": base}
+    try:
+        config = read_settings(settings)
+    except TypeError as error:
+        raise ValueError(f"the settings have a value of another kind: {error}") from None
+    for method in layers:
+        config = config.with_method(method)
     return config
 
 
-def from_transformers(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """Weights under a decoder's names, as `Decoder.state_dict()` has them. Nothing is copied.
+def transformers_settings(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json of a decoder.
 
     Raises:
-        ValueError: names the first tensor that is missing or that the decoder has no place for.
+        ValueError: no model of transformers computes the same; names the method, or says what
+            there is.
     """
+    dense, layers = _without_routing(config)
+    settings = write_settings(family_of(dense), dense)
+    if not layers:
+        return settings
+    adaptations = [{"method": m.name, "options": asdict(m)} for m in layers]
+    entry = {"base": settings["model_type"], "architecture": settings["architectures"][0]}
+    return {**settings, "model_type": ENTRY, ENTRY: {**entry, "adaptations": adaptations}}
+
+
+def from_transformers(
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: DecoderConfig,
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Weights under a decoder's names, as `Decoder.state_dict()` has them.
+
+    Every tensor has exactly one place, and every place is filled. Nothing is copied but experts
+    that come one by one, into their stack, and what is of another dtype.
+
+    Args:
+        weights: by their names; or pairs, so that all of them need never be in memory twice.
+        config: see `decoder_config`.
+        dtype: of the result; None: as they come.
+
+    Raises:
+        ValueError: names the first tensor that is missing, comes twice, has another shape, or that
+            the decoder has no place for.
+    """
+    places, parts, others = _names(config)
+    left = {name: place.numel() for name, place in places.items()}
     ours: dict[str, Tensor] = {}
-    sparse: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
-        if name in _WHOLE:
-            ours[_WHOLE[name]] = tensor
+    head, used = _WHOLE["output.weight"], set()
+    copy: Tensor | None = None
+    for theirs, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+        if theirs.endswith("rotary_emb.inv_freq"):
             continue
-        head, _, rest = name.removeprefix("model.layers.").partition(".")
-        if not name.startswith("model.layers.") or not head.isdigit():
-            raise ValueError(f"{name}: a decoder has no place for it")
-        if rest in _LAYER:
-            ours[f"layers.{head}.{_LAYER[rest]}"] = tensor
+        if theirs == head and config.tie_embeddings:
+            copy = tensor
             continue
-        prefix = next((p for p in _EXPERTS if rest.startswith(p)), None)
-        if prefix is None:
-            if rest.endswith("rotary_emb.inv_freq"):
-                continue
-            raise ValueError(f"{name}: a decoder has no place for it")
-        sparse.setdefault(int(head), {})[rest.removeprefix(prefix)] = tensor
-    for layer, part in sparse.items():
-        for theirs, tensor in stacked(part).items():
-            ours[f"layers.{layer}.{_SPARSE_OURS[theirs]}"] = tensor
-    if config.tie_embeddings and "embedding.weight" in ours:
+        part = parts.get(theirs) or others.get(theirs)
+        if part is None:
+            raise ValueError(f"{theirs}: a decoder has no place for it")
+        shape = places[part.name][part.at].shape
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{theirs} of shape {list(tensor.shape)}: must be {list(shape)} by the settings"
+            )
+        left[part.name] -= tensor.numel()
+        if theirs in used or left[part.name] < 0:
+            raise ValueError(f"{theirs}: comes twice")
+        used.add(theirs)
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if not part.at:
+            ours[part.name] = tensor.to(wanted)
+            continue
+        if part.name not in ours:
+            ours[part.name] = torch.empty(places[part.name].shape, dtype=wanted)
+        ours[part.name][part.at] = tensor
+    for theirs, part in parts.items():
+        if left[part.name] and theirs not in used:
+            raise ValueError(f"{theirs}: missing from the weights")
+    if config.tie_embeddings:
         ours["output.weight"] = ours["embedding.weight"]
-    with torch.device("meta"):
-        places = Decoder(config).state_dict()
-    for name in places:
-        if name not in ours:
-            raise ValueError(f"{_theirs(name)}: missing from the weights")
+        if copy is not None and not torch.equal(
+            copy.to(ours["output.weight"]), ours["output.weight"]
+        ):
+            raise ValueError(f"{head}: differs from the embedding that it is tied to")
     return ours
 
 
-def _theirs(name: str) -> str:
-    """The published name of one of ours; that of a stacked tensor of experts is ours."""
-    names = {ours: theirs for theirs, ours in _WHOLE.items()}
-    if name in names:
-        return names[name]
-    _, layer, rest = name.split(".", 2)
-    names = {ours: theirs for theirs, ours in _LAYER.items()}
-    return f"model.layers.{layer}.{names.get(rest, rest)}"
+def to_transformers(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """A decoder's weights under the names of published files, one tensor an expert: views.
 
-
-def mixtral_settings(config: DecoderConfig) -> dict[str, Any]:
-    """The config.json of a decoder that is a Mixtral model.
+    Args:
+        weights: as `Decoder.state_dict()` has them; tied ones once or twice.
+        config: of the decoder.
 
     Raises:
-        ValueError: names what Mixtral cannot express.
+        ValueError: no model of transformers computes the same, or a weight is missing or unknown.
     """
-    experts = config.mixture_of_experts
-    plain = DecoderConfig(
-        vocab_size=config.vocab_size,
-        dim=config.dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        ffn_dim=config.ffn_dim,
-        max_seq_len=config.max_seq_len,
-        rope_base=config.rope_base,
-        norm_eps=config.norm_eps,
-        tie_embeddings=config.tie_embeddings,
-        init_std=config.init_std,
-        recompute=config.recompute,
-    )
-    if experts is None or plain.with_method(experts) != config:
-        raise ValueError("a Mixtral model is a plain decoder with experts: this is another")
-    allowed = MixtureOfExpertsConfig(
-        num_experts=experts.num_experts,
-        top_k=experts.top_k,
-        ffn_dim=experts.ffn_dim,
-        jitter=experts.jitter,
-        balance_coefficient=experts.balance_coefficient,
-    )
-    layers = list(range(config.num_layers))
-    same = replace(
-        experts, schedule="all", renormalize=None, freeze_router=False, freeze_experts=False
-    )
-    if same != allowed or experts.routed_layers(config.num_layers) != layers or experts.top_k < 2:
-        raise ValueError(
-            "a Mixtral model has experts in every layer, a linear router, softmax, top-k of 2 or "
-            "more, renormalised weights and SwiGLU, without shared or idle experts or a capacity"
-        )
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_width if experts.ffn_dim is None else experts.ffn_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.dim // config.num_heads if config.head_dim is None else config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "sliding_window": None,
-        "rope_theta": config.rope_base,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
-        "num_local_experts": experts.num_experts,
-        "num_experts_per_tok": experts.top_k,
-        "router_aux_loss_coef": experts.balance_coefficient,
-        "router_jitter_noise": experts.jitter,
-        "torch_dtype": "float32",
-    }
+    places, parts, _ = _names(config)
+    for name in weights:
+        if name not in places and not (config.tie_embeddings and name == "output.weight"):
+            raise ValueError(f"{name}: is not in this decoder")
+    for name in places:
+        if name not in weights:
+            raise ValueError(f"{name}: missing from the weights")
+    return {theirs: weights[part.name][part.at] for theirs, part in parts.items()}
 
 
-def to_mixtral(weights: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """A decoder's weights under the names of published Mixtral files, one tensor an expert.
+def loaded(weights: Mapping[str, Tensor], config: DecoderConfig) -> Decoder:
+    """A decoder in evaluation mode that holds these very tensors, all of one dtype."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.load_state_dict(dict(weights), assign=True)
+    if config.tie_embeddings:
+        model.output.weight = model.embedding.weight
+    return model.eval()
 
-    Raises:
-        ValueError: if the decoder is no Mixtral model, see `mixtral_settings`.
-    """
-    mixtral_settings(config)
-    whole = {ours: theirs for theirs, ours in _WHOLE.items()}
-    layer_names = {ours: theirs for theirs, ours in _LAYER.items()}
-    out: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if name in whole:
-            if not (config.tie_embeddings and name == "output.weight"):
-                out[whole[name]] = tensor
+
+def _names(
+    config: DecoderConfig,
+) -> tuple[dict[str, Tensor], dict[str, Part], dict[str, Part]]:
+    """Our tensors (of shapes alone), what each of theirs is of ours, and other names for them."""
+    dense, layers = _without_routing(config)
+    family = family_of(dense)
+    with torch.device("meta"):
+        places = Decoder(config).state_dict()
+    if config.tie_embeddings:
+        del places["output.weight"]
+    parts: dict[str, Part] = {}
+    others: dict[str, Part] = {}
+    for name, place in places.items():
+        if name in _WHOLE:
+            parts[_WHOLE[name]] = Part(name)
             continue
         _, layer, rest = name.split(".", 2)
         prefix = f"model.layers.{layer}."
-        sparse = f"{prefix}block_sparse_moe."
-        if rest == "ffn.router.weight":
-            out[f"{sparse}gate.weight"] = tensor
-        elif rest == "ffn.experts.down_proj":
-            for expert, down in enumerate(tensor):
-                out[f"{sparse}experts.{expert}.w2.weight"] = down
-        elif rest == "ffn.experts.gate_up_proj":
-            for expert, gate_up in enumerate(tensor):
-                gate, up = torch.chunk(gate_up, 2)
-                out[f"{sparse}experts.{expert}.w1.weight"] = gate
-                out[f"{sparse}experts.{expert}.w3.weight"] = up
-        else:
-            out[prefix + layer_names[rest]] = tensor
-    return out
+        routed = any(int(layer) in method.routed_layers(config.num_layers) for method in layers)
+        if routed and not rest.startswith("block."):
+            parts[f"{prefix}routing.{rest}"] = Part(name)
+            continue
+        rest = rest.removeprefix("block.") if routed else rest
+        for theirs, index in _published(family, rest, place):
+            parts[prefix + theirs] = Part(name, index)
+        others |= {prefix + theirs: Part(name) for theirs in _STACKED.get(rest, ())}
+    return places, parts, others
+
+
+def _published(
+    family: Family, rest: str, place: Tensor
+) -> list[tuple[str, tuple[int | slice, ...]]]:
+    """The published names of a layer's tensor, and the part of it that each is."""
+    if rest in _LAYER:
+        return [(_LAYER[rest], ())]
+    names = family.experts
+    assert names is not None, rest
+    if rest == "ffn.router.weight":
+        return [(names.router, ())]
+    _, kind, weight = rest.split(".")
+    parts: tuple[tuple[str, tuple[slice, ...]], ...] = ((names.down, ()),)
+    if weight == "gate_up_proj":
+        width = place.shape[1] // 2
+        parts = (names.gate, (slice(width),)), (names.up, (slice(width, None),))
+    if kind == "shared":
+        return [(f"mlp.shared_expert.{part}.weight", (0, *index)) for part, index in parts]
+    return [
+        (names.expert.format(expert, part), (expert, *index))
+        for expert in range(place.shape[0])
+        for part, index in parts
+    ]
+
+
+def _without_routing(config: DecoderConfig) -> tuple[DecoderConfig, list[Method]]:
+    """The decoder whose layers compute every token, and the methods that choose for them.
+
+    Raises:
+        ValueError: names a method that no published tensors can tell.
+    """
+    layers = [method for method in config.methods if method.place == "layer"]
+    for method in config.methods:
+        if method not in layers and method.name != "mixture_of_experts":
+            raise ValueError(f"{method.name}: models of transformers have nothing like it")
+    without: dict[str, Any] = {method.name: None for method in layers}
+    return replace(config, **without), layers
+
+
+def _entry(entry: Any) -> tuple[str, list[Method]]:
+    """The base and the methods of an adapted model, from a file that anybody may have written."""
+    found = entry if isinstance(entry, Mapping) else {}
+    adaptations = found.get("adaptations")
+    if not isinstance(adaptations, list):
+        raise ValueError(f"{ENTRY}: must have base and adaptations, as adaptive.hub writes them")
+    base = family_named(found.get("base")).name
+    known = {method.name: method for method in methods("layer")}
+    chosen = []
+    for adaptation in adaptations:
+        given = adaptation if isinstance(adaptation, Mapping) else {}
+        name, options = given.get("method"), given.get("options")
+        if name not in known or not isinstance(options, dict):
+            raise ValueError(
+                f"{ENTRY}.adaptations: method={name!r}: must be one of {', '.join(known)}, "
+                "with options"
+            )
+        chosen.append(configured(known[name], options))
+    return base, chosen

