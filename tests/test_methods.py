@@ -21,8 +21,8 @@ from parallel.flop_formulas import torch_flop_counter
 from tests.distributed.subjects import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
-TINY = DecoderConfig(dim=32, num_layers=2, num_heads=4, ffn_dim=64)
-IN_A_DECODER = methods("linear", "feed_forward", "layer")
+TINY = DecoderConfig(dim=32, num_layers=3, num_heads=4, ffn_dim=64)
+IN_A_DECODER = methods("linear", "feed_forward", "layer", "stack")
 
 
 def recipes() -> dict[str, set[str]]:

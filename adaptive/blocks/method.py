@@ -15,6 +15,7 @@ from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
 from adaptive.blocks.protocol import LayerContext, Linears, Method, Place, RoutedBlock
+from adaptive.blocks.segments import SegmentsConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.blocks.sprint import SparseDenseFusionConfig
@@ -40,6 +41,7 @@ METHODS: tuple[type[Method], ...] = (
     AdaptiveComputationConfig,
     MixtureOfDepthsConfig,
     SkipLayerConfig,
+    SegmentsConfig,
     TokenMergingConfig,
     SparseDenseFusionConfig,
 )

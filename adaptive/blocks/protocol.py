@@ -15,7 +15,7 @@ from adaptive.blocks.feed_forward import MakeLinear
 from adaptive.ops.flop_counter import FlopCounter, Work
 from parallel.mesh import Mesh
 
-Place = Literal["linear", "feed_forward", "layer", "merging", "sequence"]
+Place = Literal["linear", "feed_forward", "layer", "stack", "merging", "sequence"]
 MakeFeedForward = Callable[[int], nn.Module]
 """Hidden width -> a feed-forward, called as `ffn(x_TD, layout=…)`, that returns the update."""
 
@@ -73,6 +73,25 @@ class SequenceContext:
 
 
 @dataclass(frozen=True)
+class StackContext:
+    """What decoder a method runs the layers of.
+
+    Attributes:
+        num_layers: how many.
+        dim: width D.
+        std: of initial weights.
+        eps: of its norms.
+        mesh: how the ranks share the model.
+    """
+
+    num_layers: int
+    dim: int
+    std: float
+    eps: float
+    mesh: Mesh
+
+
+@dataclass(frozen=True)
 class MergingContext:
     """Between the halves of which layer tokens become fewer.
 
@@ -96,8 +115,8 @@ class Method:
     Class attributes:
         name: its key in the section `model` of a recipe.
         place: what it replaces: "linear" (the linear layers), "feed_forward", "layer" (wraps a
-            whole layer), "merging" (between a layer's halves fewer tokens leave than came),
-            "sequence" (the layers of a network).
+            whole layer), "stack" (runs a decoder's layers), "merging" (between a layer's halves
+            fewer tokens leave than came), "sequence" (the layers of a network).
         blocks: its public modules.
         excludes: names of methods, or places, that it cannot stand beside in one model.
         sees_every_token: whether what is inside is given every token.
@@ -116,11 +135,12 @@ class Method:
         """What stands at the method's place.
 
         Args:
-            context: where: a LayerContext, for "merging" a MergingContext, for a "sequence" a
-                SequenceContext.
+            context: where: a LayerContext, for a "stack" a StackContext, for "merging" a
+                MergingContext, for a "sequence" a SequenceContext.
             inner: what would stand there without it: "linear": Linears, and Linears are returned;
                 "feed_forward": a MakeFeedForward, and a feed-forward of width `context.ffn_dim` is
                 returned; "layer": a module that maps tokens to updated tokens, as the result does;
+                "stack": None, see `adaptive.blocks.segments.Segments`;
                 "merging": a layer in two halves (`adaptive.blocks.token_merging.MergeableLayer`);
                 "sequence": the layers.
         """

@@ -36,6 +36,8 @@ def merge(x_TD: Tensor, size_T: Tensor | None, grouping: Grouping) -> Tensor:
     for name, given in (("x", x_TD), ("size", size_T)):
         if given is not None and given.shape[0] != grouping.tokens:
             raise ValueError(f"{name} of {given.shape[0]} tokens: must be of {grouping.tokens}")
+    if grouping.groups == 0:
+        return x_TD[:0]
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     share_T = None if size_T is None else size_T.detach().to(wide)
     if grouping.weights is not None:

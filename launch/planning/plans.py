@@ -280,7 +280,7 @@ def mesh_of(gpus: int, given: Mapping[str, Any]) -> Mesh:
 def _shares(config: DecoderConfig) -> list[float]:
     """Share of the tokens that each layer computes."""
     count = config.num_layers
-    around = [method for method in config.methods if method.place == "layer"]
+    around = [method for method in config.methods if method.place in ("layer", "stack")]
     return [math.prod(m.share(layer, count) for m in around) for layer in range(count)]
 
 

@@ -54,9 +54,10 @@ class TrainConfig:
         seed: of the weights, the order of the data and every random draw; below 2**63.
         evaluate_every: steps between evaluations on held-out data; 0: at the end only.
         log_every: steps between progress lines.
-        calibrate_rows: held-out rows on which thresholds of Mixture-of-Depths predictors are set
-            before every evaluation, so that it executes the share of tokens that was trained; 0:
-            a token is executed when its predictor finds that more likely than not.
+        calibrate_rows: held-out rows on which thresholds of what decides causally (predictors of
+            Mixture-of-Depths, gates of segments) are set before every evaluation, so that it
+            executes the share of tokens that was trained; 0: a token is executed when that is
+            found more likely than not.
         move_within: every parameter must have had a gradient within this many steps, or the run
             stops and names it; 0: not checked.
         hang_seconds: seconds without a sign of progress of any rank (a micro-batch, a part of an

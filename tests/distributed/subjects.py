@@ -14,6 +14,7 @@ from adaptive.blocks.method import methods
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
+from adaptive.blocks.segments import SegmentsConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.blocks.token_merging import TokenMergingConfig
@@ -138,10 +139,14 @@ FAMILIES = {
     "adaptive_computation": LanguageModel(
         replace(TINY, adaptive_computation=AdaptiveComputationConfig(schedule=QUIET))
     ),
+    "segments": LanguageModel(
+        replace(TINY, num_layers=3, segments=SegmentsConfig(prior=0.4, schedule=QUIET))
+    ),
 }
 # A method without a family of its own is checked as its defaults are.
-for _method in methods("linear", "feed_forward", "layer"):
-    FAMILIES.setdefault(_method.name, LanguageModel(TINY.with_method(_method())))
+for _method in methods("linear", "feed_forward", "layer", "stack"):
+    if _method.name not in FAMILIES:
+        FAMILIES[_method.name] = LanguageModel(TINY.with_method(_method()))
 
 
 def draw_weights(model: nn.Module, whole: nn.Module, mesh: Mesh) -> None:
@@ -238,6 +243,8 @@ SUBJECTS: dict[str, LanguageModel | FlowMatching | Images] = {
 
 def splits_on(subject: str, degrees: Mapping[str, object]) -> bool:
     """Whether the subject's model can be split that way."""
+    if subject == "segments":  # whose tokens lie on one rank
+        return set(degrees) <= {"tensor"}
     if subject in FAMILIES:
         return degrees.get("tensor") != 4 or FAMILIES[subject].config.kv_heads % 4 == 0
     # Neither takes context or expert ranks, and a vision transformer no sequence parallelism.

@@ -9,6 +9,7 @@ import pytest
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
+from adaptive.blocks.segments import SegmentsConfig
 from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer import SkipLayerConfig
 from parallel.parity import Report, Settings, check_on_ranks
@@ -91,6 +92,7 @@ def test_ring_of_four_ranks_agrees_with_one_rank(family: str) -> None:
 
 
 NOISY = {
+    "segments": replace(TINY, num_layers=3, segments=SegmentsConfig(prior=0.4)),
     "gumbel": replace(TINY, skip_layer=SkipLayerConfig(density=0.25)),
     "random sizes": replace(TINY, sized_feed_forward=SizedFeedForwardConfig(random_steps=9)),
     "random depths": replace(
@@ -107,15 +109,17 @@ def check_noise(name: str, degrees: Degrees) -> Report:
     return reports[0] if reports else Report("", 0, [])
 
 
-@pytest.mark.parametrize("name", NOISY)
+NOISY_MESHES: list[tuple[int, Degrees]] = [
+    (2, {"tensor": 2}),
+    (2, {"tensor": 2, "sequence_parallel": True}),
+    (2, {"context": 2}),
+    (4, {"tensor": 2, "context": 2, "sequence_parallel": True}),
+]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "degrees"),
-    [
-        (2, {"tensor": 2}),
-        (2, {"tensor": 2, "sequence_parallel": True}),
-        (2, {"context": 2}),
-        (4, {"tensor": 2, "context": 2, "sequence_parallel": True}),
-    ],
+    ("name", "ranks", "degrees"),
+    [(n, *m) for n in NOISY for m in NOISY_MESHES if n not in FAMILIES or splits_on(n, m[1])],
     ids=str,
 )
 def test_ranks_that_share_sequences_draw_what_one_rank_draws(

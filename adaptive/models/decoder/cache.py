@@ -8,6 +8,7 @@ Shape legend: B sequences, C places of a row, T packed tokens, G key-value heads
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,11 +137,13 @@ class Cache:
 
     Attributes:
         counts: int64 [B], tokens seen of each sequence: the position of the next.
+        stack: what the model's `stack` keeps of them (`SegmentState`); None: nothing.
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
         device = next(model.parameters()).device
         self.counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.stack: Any = None
         layers = model.get_submodule("layers")
         assert isinstance(layers, nn.ModuleList)
         self._layers = [LayerCache(batch_size, device) for _ in layers]
@@ -172,7 +175,12 @@ class Cache:
 
         Args:
             counts_B: int64 [B], at most `counts`.
+
+        Raises:
+            ValueError: the model computes segments, of which open ones cannot be taken back.
         """
+        if self.stack is not None:
+            raise ValueError("rewind: a model of segments keeps the sum of an open one only")
         for layer in self._layers:
             layer.rewind(counts_B)
         self.counts = counts_B.clone()

@@ -99,8 +99,7 @@ class Generation:
         counter = FlopCounter(records_by_module(model, self._records))
         tokens = torch.cat(self._new).double()
         work = Work(tokens, tokens, torch.cat(self._keys).double())
-        for layer in model.layers:
-            counter(layer, work)
+        model.count_layers(counter, work)
         counter(model.output, Work.dense(1, self._logits))
         return float(counter.total().forward)
 
@@ -109,8 +108,7 @@ class Generation:
         counter = FlopCounter(nominal=True)
         tokens = torch.cat(self._new).double()
         work = Work(tokens, tokens, torch.cat(self._keys).double())
-        for layer in model.layers:
-            counter(layer, work)
+        model.count_layers(counter, work)
         counter(model.output, Work.dense(1, self._logits))
         return float(counter.total().forward)
 
@@ -240,7 +238,12 @@ def _count_layers(
     computed_T = torch.full((sum(lengths),), len(model.layers))
     names = {f"layers.{index}" for index in range(len(model.layers))}
     routed = set()
+    if model.stack is not None:
+        middle = {f"layers.{index}" for index in range(model.stack.first, model.stack.last)}
     for record in records:
+        if record.name == "stack" and record.chosen is not None:
+            computed_T -= len(middle) * (~record.chosen).long().cpu()
+            routed |= middle
         if record.name in names and record.chosen is not None and record.chosen.dim() == 1:
             computed_T -= (~record.chosen).long().cpu()
             routed.add(record.name)

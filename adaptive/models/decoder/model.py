@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.blocks.method import MethodHost, takes_methods
-from adaptive.blocks.protocol import LayerContext, Linears, MakeFeedForward, Method
+from adaptive.blocks.protocol import LayerContext, Linears, MakeFeedForward, Method, StackContext
 from adaptive.models.decoder.layers import (
     Attention,
     DecoderLayer,
@@ -46,7 +46,7 @@ from parallel.vocab_cross_entropy import vocab_cross_entropy
 MOST_LAYERS = 2048
 
 
-@takes_methods("linear", "feed_forward", "layer")
+@takes_methods("linear", "feed_forward", "layer", "stack")
 @dataclass(frozen=True)
 class DecoderConfig(MethodHost):
     """Everything that decides a decoder's parameters.
@@ -132,7 +132,13 @@ class DecoderConfig(MethodHost):
 
 
 class DecoderCache(Protocol):
-    """Keys and values of earlier tokens, a KeyValueCache for each layer."""
+    """Keys and values of earlier tokens, a KeyValueCache for each layer.
+
+    Attributes:
+        stack: what a method of place "stack" keeps of them; None before the first.
+    """
+
+    stack: Any
 
     def next_positions(self, layout: TokenLayout) -> TokenLayout:
         """The layout of the tokens to come, with positions that follow those already stored."""
@@ -160,6 +166,12 @@ class Decoder(nn.Module):
         )
         layers = [build_layer(config, index, mesh) for index in range(config.num_layers)]
         self.layers = nn.ModuleList(layers)
+        self.stack: Any = None
+        for method in (m for m in config.methods if m.place == "stack"):
+            context = StackContext(
+                config.num_layers, config.dim, config.init_std, config.norm_eps, mesh
+            )
+            self.stack = method.build(context, None)
         self.norm: nn.Module = RMSNorm(config.dim, eps=config.norm_eps, mesh=mesh)
         if config.norm == "parameter_free":
             self.norm = LayerNorm(config.dim, mesh=mesh)
@@ -253,14 +265,36 @@ class Decoder(nn.Module):
             layout = replace(layout, shard_sizes=even_shards(layout.tokens, self.mesh.shards))
             ids_T = own_context_rows(ids_T, self.mesh, shard_sizes=layout.shard_sizes)
         hidden_TD = self.embedding(ids_T, shard_sizes=layout.shard_sizes)
-        for index, layer in enumerate(self.layers):
+        layers = partial(self._run, cache)
+        if self.stack is None:
+            hidden_TD = layers(hidden_TD, layout, 0, len(self.layers))
+        else:
+            state = None if cache is None else cache.stack
+            hidden_TD, state = self.stack(
+                hidden_TD, ids_T, layout=layout, layers=layers, state=state, keep=cache is not None
+            )
+            if cache is not None:
+                cache.stack = state
+        return self.norm(hidden_TD), layout
+
+    def _run(
+        self,
+        cache: DecoderCache | None,
+        hidden_TD: Tensor,
+        layout: TokenLayout,
+        first: int,
+        last: int,
+    ) -> Tensor:
+        """The tokens after the layers from `first` up to but not `last`."""
+        for index in range(first, last):
+            layer = self.layers[index]
             if cache is not None:
                 hidden_TD = layer(hidden_TD, layout=layout, cache=cache.layer(index))
             elif self.config.recompute and torch.is_grad_enabled():
                 hidden_TD = checkpoint(layer, hidden_TD, layout=layout)
             else:
                 hidden_TD = layer(hidden_TD, layout=layout)
-        return self.norm(hidden_TD), layout
+        return hidden_TD
 
     def _split_logits(self, hidden_TD: Tensor, layout: TokenLayout) -> Tensor:
         """This tensor rank's part of the vocabulary, for every token."""
@@ -268,17 +302,29 @@ class Decoder(nn.Module):
         return self.output(hidden_TD)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
-        """Layers, twice in the forward direction where they are recomputed, and the logits."""
-        for layer in self.layers:
+        """Layers, and the logits."""
+        self.count_layers(count, work)
+        count(self.output, work)
+
+    def count_layers(self, count: FlopCounter, work: Work) -> None:
+        """What leads to the logits; layers twice in the forward direction where recomputed."""
+        middle, inside = range(0), work
+        if self.stack is not None:
+            count(self.stack, work)
+            middle, inside = (
+                range(self.stack.first, self.stack.last),
+                self.stack.inside(count, work),
+            )
+        for index, layer in enumerate(self.layers):
+            own = inside if index in middle else work
             if not self.config.recompute:
-                count(layer, work)
+                count(layer, own)
                 continue
             # Recomputation stops at the last activation kept: a dense layer's last product, which
             # nothing but a sum follows, is not computed again.
             last = getattr(getattr(layer, "ffn", None), "down", None)
             with count.recomputed(keeps=last):
-                count(layer, work)
-        count(self.output, work)
+                count(layer, own)
 
     def _pack_inputs(
         self, input_ids_BS: Tensor, token_mask: Tensor | None, layout: TokenLayout | None
