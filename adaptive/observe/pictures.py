@@ -9,7 +9,6 @@ Shape legend: L layers, T tokens, E experts, B images, S patches.
 
 from __future__ import annotations
 
-import math
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -287,10 +286,10 @@ def history_map(
     for row, name in enumerate(names):
         y = head.height + height * row
         draw.text((_MARGIN, y + height // 2 - 7), name, fill=_INK, font=_font(11))
-        for x, value in enumerate(values_LN[row][columns].tolist()):
-            if math.isfinite(value):
-                shade = _shade((value - least) / max(most - least, 1e-12))
-                draw.line((left + x, y, left + x, y + height - 2), fill=shade)
+    colours_LC3 = _shades((values_LN[:, columns] - least) / max(most - least, 1e-12))
+    shown = colours_LC3.repeat_interleave(height, 0)
+    shown[height - 1 :: height] = 255
+    canvas.paste(_canvas(shown), (left, head.height))
     foot = head.height + height * len(names)
     draw.text((left, foot), f"step {steps[0]}", fill=_FAINT, font=_font(11))
     end = f"{steps[-1]}"
@@ -393,11 +392,17 @@ def _font(size: int = 13) -> Any:
 
 def _shade(part: float) -> Colour:
     """A colour of the scale, 0 to 1."""
-    place = min(max(part, 0.0), 1.0) * (len(_SCALE) - 1)
-    low = min(int(place), len(_SCALE) - 2)
-    mix = place - low
-    pairs = zip(_SCALE[low], _SCALE[low + 1], strict=True)
-    return tuple(round(a + (b - a) * mix) for a, b in pairs)
+    return tuple(_shades(torch.tensor(part)).tolist())
+
+
+def _shades(parts: Tensor) -> Tensor:
+    """Colours of the scale, uint8 [..., 3]; white where a part is not finite."""
+    known = parts.isfinite()
+    place = parts.where(known, 0).clamp(0, 1) * (len(_SCALE) - 1)
+    low = place.long().clamp(max=len(_SCALE) - 2)
+    scale = torch.tensor(_SCALE, dtype=torch.float32)
+    mixed = torch.lerp(scale[low], scale[low + 1], (place - low)[..., None].float())
+    return mixed.round().where(known[..., None], 255).to(torch.uint8)
 
 
 def _hue(place: float) -> Colour:
@@ -411,6 +416,12 @@ def _symbol(token: str) -> str:
     first = (token.strip() or token)[:1]
     replaced = {"\n": "¬", "\t": "»", " ": "·"}.get(first, first)
     return replaced if replaced.isprintable() else "¤"
+
+
+def _canvas(image_HWC: Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(image_HWC.contiguous().numpy())
 
 
 def _tensor(canvas: Any) -> Tensor:
