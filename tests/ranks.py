@@ -10,28 +10,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
 
 from parallel import ranks
 from parallel.ranks import RankError
 
-__all__ = ["RankError", "run_ranks"]
-
-_PRELOAD = [
-    "pytest",
-    "torch.distributed",
-    "torch.distributed.nn.functional",
-    "numpy",
-    "megatron.core.parallel_state",
-    "megatron.core.tensor_parallel",
-    "deepspeed",
-    "adaptive",
-    "adaptive.models.decoder.model",
-]
-
+__all__ = ["RankError", "fork_programs_ranks", "run_ranks"]
 
 # Kernels that are interpreted take minutes where compiled ones take seconds.
 _INTERPRETED = os.environ.get("ADAPTIVE_BACKEND") == "triton" and not torch.cuda.is_available()
@@ -48,11 +36,17 @@ def run_ranks(
     return ranks.run_ranks(call, n, *args, timeout=timeout, context=_context())
 
 
+def fork_programs_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ranks that a program starts, called in this process, come from the forkserver too."""
+    monkeypatch.setattr(ranks, "run_ranks", partial(ranks.run_ranks, context=_context()))
+
+
 def _seeded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     return function(*args, **kwargs)
 
 
+@cache
 def _context() -> Any:
     """The forkserver, started once a session with what every rank inherits."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -61,10 +55,14 @@ def _context() -> Any:
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context.set_forkserver_preload(["tests.preloaded"])
         from multiprocessing import forkserver
 
         forkserver.ensure_running()
+        # It answers when it has imported all: no rank's time goes there.
+        first = context.Process(target=int, daemon=True)
+        first.start()
+        first.join()
     finally:
         if threads is None:
             del os.environ["OMP_NUM_THREADS"]

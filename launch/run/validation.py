@@ -9,10 +9,12 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from adaptive.blocks.method import methods
 from launch.run.errors import BadInput
 
 
@@ -25,7 +27,7 @@ def validated(kind: Any, value: Any, section: str) -> Any:
     _refuse_odd_numbers(kind, value, section)
     try:
         with as_too_large(section):
-            return TypeAdapter(kind).validate_python(value)
+            return _adapter(kind, methods()).validate_python(value)
     except ValidationError as error:
         raise BadInput(_first_line(error, kind, section)) from None
 
@@ -42,6 +44,12 @@ def as_too_large(section: str) -> Iterator[None]:
             f"{section}: is too large to be written down: some size, or the product of two, is "
             "above the 64 bits that a tensor is measured by"
         ) from None
+
+
+@cache
+def _adapter(kind: Any, _: tuple[type, ...]) -> TypeAdapter[Any]:
+    """What checks `kind`, made once: a registered method changes what the section `model` holds."""
+    return TypeAdapter(kind)
 
 
 def _refuse_odd_numbers(kind: Any, value: Any, path: str) -> None:

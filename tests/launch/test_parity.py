@@ -4,35 +4,60 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from launch.parity import main
 from launch.run.options import parse_mesh
+from tests.ranks import fork_programs_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["model.dim=16", "model.num_layers=2", "model.num_heads=2", "data.seq_len=16"]
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "launch.parity", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+class Said(NamedTuple):
+    code: int
+    out: str
 
 
-def test_recipe_and_own_model_end_with_the_verdict_as_exit_code() -> None:
-    recipe = run("--config", "recipes/mod_lm.yaml", *SMALL, "--meshes", "tensor=2", "--steps", "1")
-    assert recipe.returncode == 0, recipe.stderr
-    assert "tensor=2: agrees with one rank" in recipe.stdout
-    own = run(
-        "--subject",
-        "tests.distributed.subjects:mixture_of_depths",
-        *("--meshes", "data=2", "--steps", "1", "--fault", "detach_routers", "--limit", "3"),
-    )
-    assert own.returncode == 1, own.stderr
-    said, verdict = own.stdout.split("\n\n", 1)
-    assert said.startswith("launch.parity: importing torch …")
-    lines = verdict.splitlines()
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The program in this process; its ranks come from the tests' server, which has imported."""
+    monkeypatch.chdir(ROOT)
+    fork_programs_ranks(monkeypatch)
+
+    def call(*words: str) -> Said:
+        capsys.readouterr()
+        try:
+            main(list(words))
+        except SystemExit as ended:
+            return Said(int(ended.code or 0), capsys.readouterr().out)
+        return Said(0, capsys.readouterr().out)
+
+    return call
+
+
+def test_what_one_types_says_what_it_does_and_ends_with_the_verdict() -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "launch.parity"]
+    words = ["--config", "recipes/mod_lm.yaml", *SMALL, "--meshes", "tensor=2", "--steps", "1"]
+    done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("launch.parity: importing torch …")
+    assert "tensor=2: agrees with one rank" in done.stdout
+
+
+def test_a_model_of_ones_own_that_disagrees_ends_in_exit_code_1(run: Run) -> None:
+    subject = ["--subject", "tests.distributed.subjects:mixture_of_depths"]
+    broken = ["--steps", "1", "--fault", "detach_routers", "--limit", "3"]
+    own = run(*subject, "--meshes", "data=2", *broken)
+    assert own.code == 1
+    lines = own.out.strip().splitlines()
     assert lines[0] == "data=2: DISAGREES with one rank (tolerance 1e-05)"
     assert lines[2].split()[:3] == ["DISAGREES", "gradient", "layers.1.router.weight"]
 
@@ -45,25 +70,27 @@ def test_recipe_and_own_model_end_with_the_verdict_as_exit_code() -> None:
     ],
     ids=["gumbel", "dropout"],
 )
-def test_noise_is_drawn_by_row_however_the_batch_is_split(method: list[str]) -> None:
+def test_noise_is_drawn_by_row_however_the_batch_is_split(method: list[str], run: Run) -> None:
     """Choices and masks, and so the loss, would differ by rank."""
     words = ["model.mixture_of_depths=null", *method, "train.seed=3"]
     meshes = ["--meshes", "data=2", "--micro-batches", "2", "--steps", "1"]
     noisy = run("--config", "recipes/mod_lm.yaml", *SMALL, *words, *meshes)
-    assert noisy.returncode == 0, noisy.stdout[:600] + noisy.stderr
-    assert "data=2: agrees with one rank" in noisy.stdout
+    assert noisy.code == 0, noisy.out[:600]
+    assert "data=2: agrees with one rank" in noisy.out
 
 
-def test_a_tie_within_rounding_is_told_from_a_gradient_that_differs(tmp_path: Path) -> None:
+def test_a_tie_within_rounding_is_told_from_a_gradient_that_differs(
+    tmp_path: Path, run: Run
+) -> None:
     """Of tokens that are all alike, the last bit of a sum decides who is chosen."""
     (tmp_path / "alike.txt").write_text("a" * 20_000)
     words = [*SMALL[:1], "model.num_layers=3", *SMALL[2:], f"data.path={tmp_path}/alike.txt"]
     meshes = ["--meshes", "tensor=2", "--steps", "1"]
     tied = run("--config", "recipes/mod_lm.yaml", *words, f"data.cache={tmp_path}/cache", *meshes)
-    assert tied.returncode == 0, tied.stdout + tied.stderr
-    assert "step 0, layers.1: token " in tied.stdout
-    assert ": a tie within rounding; " in tied.stdout
-    assert "not compared" in tied.stdout
+    assert tied.code == 0, tied.out
+    assert "step 0, layers.1: token " in tied.out
+    assert ": a tie within rounding; " in tied.out
+    assert "not compared" in tied.out
 
 
 @pytest.mark.parametrize(
