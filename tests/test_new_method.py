@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
-
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "new_method.md"
-
-CHECKS = """
-import json
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,36 +22,19 @@ from adaptive import RoutingTape, start_step
 from adaptive.blocks.method import methods
 from adaptive.flops import executed_flops, nominal_flops, planned_flops
 from adaptive.models import Decoder
-from launch.planning.plans import plan
 from launch.planning.machines import PUBLISHED
-from launch.run.config import load_config
+from launch.planning.plans import plan
+from launch.run.config import load_config, load_saved
+from launch.run.errors import exit_on_bad_input
+from launch.run.parity import RecipeSubject
+from launch.run.trust import UntrustedCode, trust
 from parallel.mesh import Mesh
+from parallel.parity import Report, Settings, check_on_ranks
+from tests.ranks import run_ranks
 
-config = load_config("strided.yaml", ["data.path=text.txt"])
-torch.manual_seed(0)
-model = Decoder(config.model)
-ids = torch.randint(0, 256, (3, 32))
-with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as mode:
-    with RoutingTape(model) as tape:
-        (model.token_losses(ids, ids).mean() + tape.loss()).backward()
-layer = model.layers[0]
-layer.dense_steps = 3
-strides = [start_step(torch.nn.Sequential(model), step) or layer.stride for step in (2, 3)]
-dense = load_config("strided.yaml", ["data.path=text.txt", "model.strided_depth=null"])
-machine = PUBLISHED["h100"].machine(mixed=True)
-plans = [plan(c, Mesh.single(), machine) for c in (config, dense)]
-print(json.dumps({
-    "method": methods()[-1].name,
-    "counted": mode.get_total_flops(),
-    "planned": planned_flops(model, 3, 32, backward=True),
-    "executed": float(executed_flops(model, tape.records, 3, 32, backward=True)),
-    "nominal": nominal_flops(model, 3, 32, backward=True),
-    "records": [(r.name, r.kind, r.tokens, r.executed) for r in tape.records],
-    "strides": strides,
-    "activations": [p.activations for p in plans],
-    "saved": config.resolved()["plugins"],
-}))
-"""
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "new_method.md"
+TEXT = "data.path=text.txt"
 
 
 @pytest.fixture(scope="module")
@@ -70,34 +50,64 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def counted(folder: Path) -> dict[str, Any]:
+    """In a process of its own: whoever imports the method has it."""
+    os.chdir(folder)
+    config = load_config("strided.yaml", [TEXT])
+    model = Decoder(config.model)
+    ids = torch.randint(0, 256, (3, 32))
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter, RoutingTape(model) as tape:
+        (model.token_losses(ids, ids).mean() + tape.loss()).backward()
+    layer: Any = model.layers[0]
+    layer.dense_steps = 3
+    dense = load_config("strided.yaml", [TEXT, "model.strided_depth=null"])
+    machine = PUBLISHED["h100"].machine(mixed=True)
+    return {
+        "method": methods()[-1].name,
+        "counted": counter.get_total_flops(),
+        "planned": planned_flops(model, 3, 32, backward=True),
+        "executed": float(executed_flops(model, tape.records, 3, 32, backward=True)),
+        "nominal": nominal_flops(model, 3, 32, backward=True),
+        "records": [(r.name, r.kind, r.tokens, r.executed) for r in tape.records],
+        "strides": [start_step(torch.nn.Sequential(model), n) or layer.stride for n in (2, 3)],
+        "activations": [plan(c, Mesh.single(), machine).activations for c in (config, dense)],
+        "saved": config.resolved()["plugins"],
+    }
 
 
 def test_a_method_outside_the_repository_is_counted_recorded_and_planned(folder: Path) -> None:
-    done = run(folder, "-c", CHECKS)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    (found,) = run_ranks(counted, 1, folder)
     assert found["method"] == "strided_depth"
     assert found["planned"] == found["executed"] == found["counted"] < found["nominal"]
-    routed = [[f"layers.{layer}", "strided_depth", 96, 24] for layer in range(2)]
+    routed = [(f"layers.{layer}", "strided_depth", 96, 24) for layer in range(2)]
     assert found["records"] == routed
     assert found["strides"] == [1, 4]
     assert found["activations"][0] < found["activations"][1]
     assert found["saved"] == ["strided_depth"]
 
 
+def of_somebody_else(folder: Path) -> str:
+    """Why a run's own file does not import what it names; once the user names it, it does."""
+    os.chdir(folder)
+    with pytest.raises(UntrustedCode) as refused:
+        load_saved(Path("run"))
+    assert "strided_depth" not in sys.modules
+    trust(["strided_depth"])
+    load_saved(Path("run"))
+    return str(refused.value)
+
+
 def test_it_trains_by_a_recipe_on_two_ranks_and_is_watched(folder: Path) -> None:
-    words = ("-m", "launch.start", "--config", "strided.yaml", "--ranks", "2")
-    done = run(folder, *words, "data.path=text.txt", "output=run", "monitor.every=1")
+    words = ("--config", "strided.yaml", "--ranks", "2", TEXT, "output=run", "monitor.every=1")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "launch.start", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     keys = {key for line in lines for key in line}
@@ -106,30 +116,33 @@ def test_it_trains_by_a_recipe_on_two_ranks_and_is_watched(folder: Path) -> None
     saved = yaml.safe_load((folder / "run/run.yaml").read_text())
     assert saved["plugins"] == ["strided_depth"]
     assert saved["model"]["strided_depth"]["stride"] == 4
-    # Of somebody else's run: a file that names code does not import it.
-    code = "from launch.run.trust import trust; trust({}); from launch.run.config import load_saved"
-    code += "; from pathlib import Path; load_saved(Path('run'))"
-    refused = run(folder, "-c", code.format([]))
-    assert "plugins=strided_depth: is code that a checkpoint names" in refused.stderr
-    named = run(folder, "-c", code.format(["strided_depth"]))
-    assert named.returncode == 0, named.stderr
+    (refused,) = run_ranks(of_somebody_else, 1, folder)
+    assert "plugins=strided_depth: is code that a checkpoint names" in refused
+
+
+def parity(folder: Path) -> list[Report]:
+    os.chdir(folder)
+    subject = RecipeSubject(load_config("strided.yaml", [TEXT]), rows=8)
+    mesh = {"tensor": 2, "sequence_parallel": True}
+    return check_on_ranks(subject, [mesh], Settings(steps=1))
 
 
 def test_its_parity_is_checked(folder: Path) -> None:
-    words = ("-m", "launch.parity", "--config", "strided.yaml", "data.path=text.txt")
-    done = run(
-        folder,
-        *words,
-        "--meshes",
-        "tensor=2,sequence_parallel=true",
-        "--steps",
-        "1",
-        "--limit",
-        "90",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "agrees with one rank" in done.stdout
-    assert "layers.1.router.weight" in done.stdout
+    (report,) = run_ranks(parity, 2, folder)[0]
+    assert report.ok, report.table()
+    assert any(row.name == "layers.1.router.weight" for row in report.rows)
+
+
+def refusal(folder: Path, override: str) -> str:
+    os.chdir(folder)
+    said = io.StringIO()
+    with (
+        contextlib.redirect_stderr(said),
+        pytest.raises(SystemExit, match="2"),
+        exit_on_bad_input(),
+    ):
+        load_config("strided.yaml", [override])
+    return said.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -141,13 +154,6 @@ def test_its_parity_is_checked(folder: Path) -> None:
     ],
 )
 def test_a_wrong_one_is_one_line(folder: Path, override: str, line: str) -> None:
-    code = f"""
-from launch.run.config import load_config
-from launch.run.errors import exit_on_bad_input
-with exit_on_bad_input():
-    load_config("strided.yaml", [{override!r}])
-"""
-    done = run(folder, "-c", code)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: {line}")
-    assert done.stderr.count("\n") == 1
+    (said,) = run_ranks(refusal, 1, folder, override)
+    assert said.startswith(f"error: {line}")
+    assert said.count("\n") == 1

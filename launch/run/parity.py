@@ -42,7 +42,7 @@ class DeepSpeedTrainer:
         self.model, self.mesh, self.stage = model, mesh, zero_stage
         self._norm = float("nan")
         declare_experts(model, mesh, zero_stage=zero_stage)
-        groups = expert_groups([{"params": list(model.parameters())}])
+        groups = expert_groups([{"params": [p for p in model.parameters() if p.requires_grad]}])
         optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
         self.engine, *_ = deepspeed.initialize(
             model=model,

@@ -170,7 +170,8 @@ def _check(family: str, rows: int) -> Report:
         ("dense", 2, 1),
         ("mixture_of_depths", 2, 1),
         ("mixture_of_depths", 4, 3),
-        ("skip_layer", 4, 1),
+        # Of one row, the gradient of a router's bias cancels to what rounding is of its terms.
+        ("skip_layer", 4, 3),
         ("documents", 4, 1),
     ],
 )

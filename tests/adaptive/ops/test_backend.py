@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from adaptive import MixtureOfDepths, MixtureOfExperts, Pattention, SkipLayer
+from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
 from adaptive.ops import backend
 from adaptive.ops.backend import choose, explain, operations, refuses_triton
 
@@ -87,47 +86,41 @@ def test_every_op_has_a_reference_that_serves_everything() -> None:
             assert first.refuses(torch.zeros(2, 2, 2, dtype=dtype)) is None
 
 
-def test_a_forced_backend_serves_whole_blocks(tmp_path: Path) -> None:
+def outputs_and_gradients() -> list[torch.Tensor]:
+    """Of the public blocks."""
+
+    def layer() -> DecoderLayer:
+        return DecoderLayer(RMSNorm(16), Attention(16, 2), RMSNorm(16), SwiGLU(16, 32))
+
+    found = []
+    for make in (
+        lambda: MixtureOfDepths(layer(), 16, capacity=0.5),
+        lambda: SkipLayer(layer(), 16),
+        lambda: MixtureOfExperts(16, 32, 3, top_k=2),
+        lambda: Pattention(16, 12, 20),
+    ):
+        torch.manual_seed(1)
+        block, x = make(), torch.randn(2, 12, 16, requires_grad=True)
+        torch.manual_seed(2)
+        y = block(x)
+        y.square().sum().backward()
+        found += [y.detach(), x.grad, *(p.grad for p in block.parameters() if p.grad is not None)]
+    return found
+
+
+def test_a_forced_backend_serves_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public blocks on interpreted kernels: outputs and gradients as of the reference."""
-    code = """
-import torch
-from adaptive import MixtureOfDepths, MixtureOfExperts, Pattention, SkipLayer
-from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
-
-def layer():
-    return DecoderLayer(RMSNorm(16), Attention(16, 2), RMSNorm(16), SwiGLU(16, 32))
-
-torch.manual_seed(0)
-makers = (
-    lambda: MixtureOfDepths(layer(), 16, capacity=0.5),
-    lambda: SkipLayer(layer(), 16),
-    lambda: MixtureOfExperts(16, 32, 3, top_k=2),
-    lambda: Pattention(16, 12, 20),
-)
-found = []
-for make in makers:
-    torch.manual_seed(1)
-    block, x = make(), torch.randn(2, 12, 16, requires_grad=True)
-    torch.manual_seed(2)
-    y = block(x)
-    y.square().sum().backward()
-    found += [y.detach(), x.grad, *(p.grad for p in block.parameters() if p.grad is not None)]
-torch.save(found, sys.argv[1])
-"""
-    results = {}
+    results = []
     for name in ("reference", "triton"):
-        path = tmp_path / f"{name}.pt"
-        environment = {**os.environ, "ADAPTIVE_BACKEND": name, "TRITON_INTERPRET": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", "import sys" + code, str(path)],
-            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        fallbacks = [line for line in done.stderr.splitlines() if "runs its reference" in line]
+        monkeypatch.setenv("ADAPTIVE_BACKEND", name)
+        backend.warn_once.cache_clear()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            results.append(outputs_and_gradients())
+        fallbacks = [str(w.message) for w in said if "runs its reference" in str(w.message)]
         assert all("no such implementation" in line for line in fallbacks), fallbacks
-        results[name] = torch.load(path)
-    assert len(results["triton"]) == len(results["reference"]) > 20
-    for mine, expected in zip(results["triton"], results["reference"], strict=True):
+    assert len(results[0]) == len(results[1]) > 20
+    for mine, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -132,8 +132,9 @@ def test_parts_of_ranks_make_up_the_whole(lengths, kept, ranks, order, dtype, ca
         out = AllRanks.apply(*parts, q_layout, k_layout, KERNELS)
         return torch.empty_like(out).index_copy(0, q_index, out)
 
-    q = draw(queries.tokens, 4, 12)
-    k, v = (draw(keys.tokens, 2, 12, seed=s) for s in (1, 2))
+    heads = 2 if causal else 1  # of keys and values; of two, queries share each
+    q = draw(queries.tokens, 2 * heads, 12)
+    k, v = (draw(keys.tokens, heads, 12, seed=s) for s in (1, 2))
     assert_within_twice_the_reference_error(
         by_ranks, lambda q, k, v: dense_attention(q, k, v, allowed)[0], [q, k, v], dtype
     )
