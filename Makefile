@@ -16,11 +16,13 @@ VENV := .venv
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 TORCH := $(shell sed -n 's/^torch==//p' requirements.lock)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# Two processes, each a file at a time, in the order of tests/conftest.py.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := adaptive parallel launch tests benchmarks setup.py
 
 # Every KEY=VALUE of make's command line goes to the recipe, but for variables of this file and what
 # programs read from their environment. MAKEOVERRIDES has the last one first, and blanks as `\ `.
-NOT_KEYS := RECIPE PYTHON BACKENDS TESTS VENV BASE_PYTHON TORCH TORCH_CPU_INDEX SOURCES SHELL \
+NOT_KEYS := RECIPE PYTHON BACKENDS TESTS VENV BASE_PYTHON TORCH TORCH_CPU_INDEX SOURCES SPREAD SHELL \
   OUTPUT ADAPTIVE_BACKEND SOAK DS_ACCELERATOR CUDA_VISIBLE_DEVICES OMP_NUM_THREADS TRITON_INTERPRET
 GIVEN = $(foreach word,$(subst \ ,_,$(subst \\,_,$(MAKEOVERRIDES))),$(firstword $(subst =, ,$(word))))
 reversed = $(if $(1),$(call reversed,$(wordlist 2,$(words $(1)),$(1))) $(firstword $(1)))
@@ -42,16 +44,16 @@ train: $(READY)
 	@PYTHON=$(RUN) bash recipes/$(RECIPE).sh $(OVERRIDES)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not gpu" $(SPREAD) --durations 15
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --durations 30
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(SPREAD) --durations 30
 
 # Every backend runs, whatever failed on the one before. A test's limit is for compiled code.
 test-backends: $(READY)
 	@status=0; for backend in $(BACKENDS); do echo "ADAPTIVE_BACKEND=$$backend"; \
 	  ADAPTIVE_BACKEND=$$backend TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
-	  $(RUN) -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --timeout 1200 \
+	  $(RUN) -m pytest -m "not slow and not gpu" $(SPREAD) --timeout 1200 \
 	  --durations 15 $(TESTS) || status=1; done; exit $$status
 
 soak: $(READY)
