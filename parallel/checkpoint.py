@@ -169,8 +169,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: what is wrong with it.
     """
+    path = folder / MANIFEST
+    if path.exists() and not path.is_file():
+        raise ValueError("is no regular file")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(manifest, dict):

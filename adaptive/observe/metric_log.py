@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
@@ -163,18 +164,30 @@ def _keep_steps_before(path: Path, first_step: int) -> None:
         return
     kept = 0
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                break
-            if step >= first_step:
+            step = _step_of(line)
+            if step is None:
+                warnings.warn(
+                    f"{path}: line {number} cannot be read; it and what follows are dropped",
+                    stacklevel=2,
+                )
+            if step is None or step >= first_step:
                 break
             kept += len(line)
     with path.open("r+b") as file:
         file.truncate(kept)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step that a line is of; None: it is none of a log's."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = content.get("step") if isinstance(content, dict) else None
+    return step if type(step) is int else None
 
 
 def _finite(value: float | Tensor) -> float | None:

@@ -80,6 +80,9 @@ def _inside(folder: Path) -> str | None:
 
 
 def _problem_inside(folder: Path) -> str | None:
+    for path in sorted(folder.rglob("*")):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return f"{path.relative_to(folder)} is no regular file"
     try:
         read_state(folder)
     except (OSError, ValueError) as error:
@@ -90,14 +93,19 @@ def _problem_inside(folder: Path) -> str | None:
         raise
     except BadInput as error:
         return f"{CONFIG} cannot be read: {error}"
+    shapes: dict[str, dict[str, list[int]]] = {}
     for name in (WEIGHTS, OPTIMIZER, TASK_STATE):
         if name != WEIGHTS and not (folder / name).is_file():
             continue
         try:
-            with safe_open(folder / name, framework="pt"):
-                pass
+            with safe_open(folder / name, framework="pt") as file:
+                shapes[name] = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             return f"{name} cannot be read: {error}"
+    for key, shape in shapes.get(OPTIMIZER, {}).items():
+        kind, _, name = key.partition("/")
+        if kind not in ("exp_avg", "exp_avg_sq") or shapes[WEIGHTS].get(name) != shape:
+            return f"{OPTIMIZER}: {key} {shape} is no moment of a weight"
     for shard in sorted((folder / ENGINE).rglob("*.pt")):
         problem = problem_with_shard(shard)
         if problem is not None:

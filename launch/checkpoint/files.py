@@ -39,6 +39,7 @@ from launch.checkpoint.state import RunState, WholeState
 from launch.run.config import load_saved, save_resolved
 from launch.run.errors import BadInput
 from launch.run.sections import RunConfig
+from launch.run.sizes import without_memory
 from launch.run.terminal import announced
 from launch.run.writable import follow_umask
 from launch.tasks.registry import make_task
@@ -93,9 +94,21 @@ def load_model(path: str | Path, *, mesh: Mesh | None = None) -> tuple[nn.Module
     folder = find_checkpoint(path)
     config = load_saved(folder)
     with announced(f"reading the model of {folder}"):
+        check_weights(config, folder, mesh=mesh)
         model = make_task(config, mesh=mesh).build_model()
         load_weights(model, load_file(folder / WEIGHTS), source=folder)
     return model.eval(), config
+
+
+def check_weights(config: RunConfig, folder: Path, *, mesh: Mesh | None = None) -> None:
+    """Check that a checkpoint has the weights of its configuration, before memory is taken.
+
+    Raises:
+        BadInput: names the first parameter that differs.
+    """
+    with without_memory() as device:
+        model = make_task(config, mesh=mesh, device=device).build_model()
+    check_same_model(model, folder)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: Path) -> None:
@@ -108,6 +121,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: Path) 
     problem = first_difference(model, shapes)
     if problem is not None:
         raise BadInput(f"{source}: is a checkpoint of another model: {problem}")
+    for name, tensor in named_tensors(model).items():
+        held, wanted = weights[name].dtype, tensor.dtype
+        if held.is_floating_point != wanted.is_floating_point:
+            raise BadInput(f"{source}: {name} holds {held}, must hold {wanted}")
     model.load_state_dict(weights, strict=False)
 
 

@@ -63,7 +63,10 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], DecoderConfig]:
     if path.suffix == ".gguf":
         return _read_gguf(path)
     with as_bad_input(path), announced(f"reading {path}"):
-        config = decoder_config(read_settings(path))
+        try:
+            config = decoder_config(read_settings(path))
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{SETTINGS}: holds a value of another kind: {error}") from None
         return from_transformers(_tensors(path), config, dtype=torch.float32), config
 
 

@@ -18,6 +18,7 @@ from launch.checkpoint.engine_files import only_data
 from launch.run.config import load_saved
 from launch.run.errors import BadInput
 from launch.run.optimizer import parameter_groups
+from launch.run.sizes import without_memory
 from launch.run.writable import scratch_folder
 from launch.tasks.registry import make_task
 
@@ -221,5 +222,5 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _meta_model(folder: Path) -> nn.Module:
     config = load_saved(folder)
-    with torch.device("meta") as device:
+    with without_memory() as device:
         return make_task(config, device=device).build_model()

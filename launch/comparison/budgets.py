@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from adaptive.flops import Work, executed_flops, nominal_flops
 from adaptive.routing.tape import RoutingTape
-from launch.checkpoint.files import WEIGHTS, find_checkpoint
-from launch.run.config import load_config
+from launch.checkpoint.files import WEIGHTS, check_weights, find_checkpoint
+from launch.run.config import load_config, load_saved
 from launch.run.errors import BadInput
 from launch.tasks import Task
 from launch.tasks.registry import make_task
@@ -66,6 +66,7 @@ def budget_curve(
         BadInput: a setting makes a model of other weights.
     """
     folder = find_checkpoint(path)
+    check_weights(load_saved(folder), folder)
     weights = load_file(folder / WEIGHTS)
     for setting in settings:
         task = make_task(load_config(folder / "run.yaml", setting))

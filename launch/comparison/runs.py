@@ -24,6 +24,7 @@ from launch.run.errors import BadInput
 from launch.run.folder import free_name, only_run_in
 from launch.run.launcher import TRAIN
 from launch.run.options import refuse_empty_values
+from launch.run.plain_data import read_json
 from launch.run.preflight import check_run, meta_model
 from launch.run.sections import RunConfig
 from launch.run.supervisor import Supervised, follow
@@ -101,10 +102,9 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
     """The outcome of a run, which is trained now unless it was; None when it failed."""
     if children.ended:
         return None
-    if run.result.is_file():
-        outcome: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
-        if is_same(outcome["config"], run.config):
-            return outcome
+    outcome = _recorded(run.result)
+    if isinstance(outcome, dict) and is_same(outcome.get("config"), run.config):
+        return outcome
     if _holds_another(run):
         try:
             earlier = _set_aside(run.folder)
@@ -120,7 +120,7 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
         command = [sys.executable, str(TRAIN), *run.words]
         train = run.config.train
         watched = Supervised(run.folder, train.hang_seconds, train.stop_seconds)
-        wait = partial(follow, run=watched)
+        wait = partial(follow, run=watched, ended=lambda: children.ended)
         code = children.run(command, wait=wait, env=environment, stdout=log, stderr=log)
     seconds = _add_leg(run, time.perf_counter() - begun)
     if code or not _is_complete(run):
@@ -134,6 +134,14 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
     }
     write_text_whole(run.result, json.dumps(outcome, indent=1))
     return outcome
+
+
+def _recorded(path: Path) -> Any:
+    """What an earlier call wrote; None: nothing that can be read, so that it is done again."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
 
 
 def _holds_another(run: Run) -> bool:
@@ -154,7 +162,7 @@ def _set_aside(folder: Path) -> Path:
 def _add_leg(run: Run, seconds: float) -> float:
     """Seconds that the run took until now; a leg that was killed with this program is not in it."""
     path = run.folder / "seconds.json"
-    legs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    legs = _recorded(path) or []
     legs.append(round(seconds, 1))
     write_text_whole(path, json.dumps(legs))
     return float(sum(legs))

@@ -109,7 +109,6 @@ class Conversations:
         return text, spans
 
     def _render(self, messages: list[dict[str, Any]], where: str, *, prompt: bool) -> str:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -119,8 +118,8 @@ class Conversations:
                 add_generation_prompt=prompt,
                 **self._settings,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            first = (str(error).splitlines() or [""])[0]
+        except Exception as error:  # a template is a program
+            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadInput(f"{where}: the chat template fails: {first}") from None
         return text
 
@@ -129,9 +128,11 @@ def _template_of(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
     if tokenizer.name == "bytes":
         raise BadInput("data.chat_template=tokenizer: must be plain with data.tokenizer=bytes")
     file = tokenizer.path.with_name("chat_template.jinja")
-    found = (
-        file.read_text(encoding="utf-8") if file.is_file() else tokenizer.setting("chat_template")
-    )
+    try:
+        own = file.read_text(encoding="utf-8") if file.is_file() else None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: cannot be read: {error}") from None
+    found = tokenizer.setting("chat_template") if own is None else own
     if not isinstance(found, str):
         raise BadInput(
             f"data.chat_template=tokenizer: data.tokenizer={tokenizer.name} has none "

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adaptive.models.diffusion.model import DiffusionConfig
+from launch.data.arrays import mapped_array
 from launch.data.sources import check_path, files_below
 from launch.data.text import permuted
 from launch.run.errors import BadInput
@@ -27,6 +28,7 @@ from launch.run.terminal import announced
 from launch.tasks import row_generator
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # what is in a file: Pillow runs programs for some others
 _ARRAYS = (".npy",)
 _TENSORS = (".safetensors",)
 
@@ -168,10 +170,7 @@ def _features(path: str | None, images: int, model: DiffusionConfig) -> np.ndarr
         raise BadInput("data.features and model.alignment: give both or none")
     if path is None or model.alignment is None:
         return None
-    try:
-        features = np.load(Path(path).expanduser(), mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
-        raise BadInput(f"data.features={path}: is no .npy array: {error}") from None
+    features = mapped_array(Path(path).expanduser(), named=f"data.features={path}")
     wanted = (images, model.tokens, model.alignment.feature_dim)
     if features.shape != wanted:
         raise BadInput(
@@ -282,7 +281,7 @@ class Pictures(_ClassFolders):
             with warnings.catch_warnings():
                 # Of many pixels, which the size below refuses unless they were asked for.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                picture = Image.open(file)
+                picture = Image.open(file, formats=_FORMATS)
         except Exception as error:  # also of too many pixels to be meant
             raise BadInput(f"{file}: is no intact picture: {error}") from None
         if picture.size != self._size:
@@ -311,12 +310,7 @@ class Arrays(_ClassFolders):
         self._arrays: list[np.ndarray] = []
         counts = []
         for file in files:
-            try:
-                array = np.load(file, mmap_mode="r")
-            except (ValueError, OSError, EOFError) as error:
-                raise BadInput(f"{file}: is no .npy array: {error}") from None
-            if not isinstance(array, np.ndarray):
-                raise BadInput(f"{file}: is no .npy array: holds several, as .npz does")
+            array = mapped_array(file)
             array = array[None] if array.ndim == 3 else array
             _check_shape(file, array.shape[1:], shape)
             self._arrays.append(array)

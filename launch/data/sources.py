@@ -8,6 +8,7 @@ text.
 from __future__ import annotations
 
 import ast
+import fnmatch
 import glob
 import gzip
 import io
@@ -18,7 +19,7 @@ import stat
 import sysconfig
 import textwrap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -32,6 +33,7 @@ CACHE_TAG = "CACHEDIR.TAG"
 
 PIECE = 1 << 19
 """Bytes of a long text that are read and encoded together; several are on several cores."""
+_LINE = 1 << 28  # bytes of a row
 _OPENED = {".gz": "gzip", ".zst": "zstandard"}
 _REFUSED = {
     ".json": "one JSON document: write one object a line into a .jsonl",
@@ -131,10 +133,14 @@ def files_below(folder: Path, *, keep_ways: bool = False) -> list[Path]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link that leads to itself is one that leads nowhere
+                continue
+            if is_folder:
                 place = len(waiting) if entry.is_symlink() else 0
                 waiting.insert(place, Path(entry.path))
-            elif entry.is_file():
+            elif is_file:
                 found.append(Path(entry.path))
     if not keep_ways:
         return each_once(found)
@@ -183,7 +189,11 @@ def find_files(path: str | None, *, conversations: bool = False, utf8: bool = Fa
             return [File(name, p, "functions") for name, p in names if "/" not in name]
         return [File(name, p, "text") for name, p in names if not utf8 or _is_utf8(p)]
     pattern = os.path.expanduser(path)
-    if Path(pattern).is_dir():
+    try:
+        is_folder = Path(pattern).is_dir()
+    except OSError as error:
+        raise BadInput(f"data.path={path}: {error.strerror}") from None
+    if is_folder:
         root = Path(pattern)
         if root.resolve() == Path(root.resolve().anchor):
             raise BadInput(f"data.path={path}: must be a folder of text, not a whole file system")
@@ -191,10 +201,15 @@ def find_files(path: str | None, *, conversations: bool = False, utf8: bool = Fa
     else:
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts[:-1])
         root = Path(*fixed)
-        found = [Path(p) for p in glob.glob(pattern, recursive=True)]
-        found = found or [Path(f"{pattern}.bin")]  # Megatron names its datasets so
-        found = [p for p in found if p.is_file() or _is_dataset(p)]
-        found = each_once([p for p in found if not _below_own_folder(p, root)])
+        if "**" in Path(pattern).parts and root.is_dir():
+            # Not by `glob`, which follows links round and round.
+            wanted = Path(pattern).relative_to(root).parts
+            found = [p for p in files_below(root) if _fits(p.relative_to(root).parts, wanted)]
+        else:
+            found = [Path(p) for p in glob.glob(pattern)]
+            found = found or [Path(f"{pattern}.bin")]  # Megatron names its datasets so
+            found = [p for p in found if p.is_file() or _is_dataset(p)]
+            found = each_once([p for p in found if not _below_own_folder(p, root)])
     if not found:
         raise BadInput(f"data.path={path}: no such file")
     # Names decide what is held out: the same wherever the folder lies.
@@ -210,6 +225,16 @@ def _is_utf8(file: Path) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether a path is one that a pattern means; `**` is any number of folders."""
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return not wanted[1:] or any(_fits(parts[n:], wanted[1:]) for n in range(len(parts)))
+    fits = bool(parts) and fnmatch.fnmatch(parts[0], wanted[0])
+    return fits and _fits(parts[1:], wanted[1:])
 
 
 def _below_own_folder(file: Path, root: Path) -> bool:
@@ -423,7 +448,9 @@ def _functions(file: Path) -> Iterator[Row]:
 
 def _json_rows(file: Path, start: int) -> Iterator[Row]:
     with _opened(file) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(_LINE), b""), start=1):
+            if len(line) == _LINE:
+                raise BadInput(f"{file}:{number}: has {_LINE:,} bytes or more, must have less")
             if number <= start or line.isspace():
                 continue
             value = _parsed(line)

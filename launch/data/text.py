@@ -36,8 +36,11 @@ from launch.data.token_files import (
 )
 from launch.data.tokenizer import Tokenizer
 from launch.run.errors import BadInput
+from launch.run.plain_data import read_json
 from launch.run.terminal import announced
 from launch.tasks import row_generator
+
+_SHARES = 30  # of documents that are tried until both splits have a row
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,11 @@ class Source:
         config = self.config
         given = Path(config.path or "").expanduser()
         if config.path is not None and (given / "meta.json").is_file():
-            return self._read_folder(given)
+            splits = self._read_folder(given)
+            for split, tokens in zip(SPLITS, splits, strict=True):
+                file = File(split, given / f"{split}.bin", "ids")
+                self._check_once(file, tokens, self._ids_key(file))
+            return splits
         utf8 = config.tokenizer != "bytes"
         files = find_files(config.path, conversations=config.conversations, utf8=utf8)
         held = [file for file in files if file.kind == "ids"]
@@ -185,13 +192,18 @@ class Source:
         wanted = Encoding(
             files, self.tokenizer, config.text_field, chat, config.validation_fraction
         )
-        while True:
+        for _ in range(_SHARES):
             folder = _encoded(wanted, config)
             train, validation = self._read_folder(folder)
             share = self._larger_share(train, validation, wanted.held_out)
             if share is None:
                 return train, validation
             wanted = replace(wanted, held_out=share, ends=True)
+        raise BadInput(
+            f"data.path={config.path}: its {len(train.ends):,} documents are too short to hold out "
+            f"the ends of with data.seq_len={config.seq_len}: give more text, or a smaller "
+            "data.seq_len"
+        )
 
     def _needed(self) -> tuple[int, int]:
         """Tokens that training and validation need."""
@@ -217,7 +229,7 @@ class Source:
     def _read_folder(self, folder: Path) -> tuple[Tokens, Tokens]:
         """What `encode_into` wrote."""
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json(folder / "meta.json")
             made = meta["tokenizer"]
             if meta["format"] != FORMAT:
                 raise BadInput(f"{folder}: was encoded by another version: encode it anew")
@@ -247,6 +259,8 @@ class Source:
                 ):
                     raise BadInput(f"{folder}: {split}.bin is not whole: encode it anew")
                 splits.append(tokens)
+        except BadInput:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{folder}: is no encoded text: {error}") from None
         return splits[0], splits[1]
@@ -260,8 +274,7 @@ class Source:
             )
         parts = []
         for file in files:
-            identity = [FORMAT, file.identity, self.tokenizer.vocab_size]
-            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+            key = self._ids_key(file)
             checked = self._has_marker(f"ids-{key}")
             if file.path.suffix.lower() == ".bin":
                 tokens = read_bin(file.path, checked=checked)
@@ -269,9 +282,7 @@ class Source:
                 tokens = read_npy(file.path, self.tokenizer.needed_end)
             if not len(tokens):
                 continue
-            if not checked:
-                check_ids(file.path, tokens, self.tokenizer.vocab_size)
-                self._write_marker(f"ids-{key}")
+            self._check_once(file, tokens, key)
             self._identity.append(key)
             parts.append(tokens)
         if not parts:
@@ -282,6 +293,16 @@ class Source:
             for part, begin in zip(parts, begins, strict=False)
         ]
         return Tokens(JoinedArrays([part.ids for part in parts]), Ends.of(JoinedArrays(ends)))
+
+    def _ids_key(self, file: File) -> str:
+        identity = [FORMAT, file.identity, self.tokenizer.vocab_size]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+
+    def _check_once(self, file: File, tokens: Tokens, key: str) -> None:
+        """Look through the ids of a file that no run with this cache has looked through."""
+        if not self._has_marker(f"ids-{key}"):
+            check_ids(file.path, tokens, self.tokenizer.vocab_size)
+            self._write_marker(f"ids-{key}")
 
     def _has_marker(self, name: str) -> bool:
         return (Path(self.config.cache).expanduser() / name).is_file()

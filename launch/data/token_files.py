@@ -19,6 +19,7 @@ from typing import Protocol, overload
 
 import numpy as np
 
+from launch.data.arrays import mapped_array
 from launch.run.errors import BadInput
 from parallel.megatron import indexed_dataset
 
@@ -226,8 +227,11 @@ def read_bin(file: Path, *, checked: bool) -> Tokens:
         dataset = indexed_dataset(file.with_suffix(""))
     except ImportError:
         raise BadInput(f"{file}: needs megatron-core (pip install megatron-core)") from None
-    except (ValueError, AssertionError, KeyError, RuntimeError) as error:
+    except ValueError as error:
         raise BadInput(f"{index}: {error}") from None
+    except Exception as error:  # Megatron meets anything in a damaged file
+        said = str(error) or type(error).__name__
+        raise BadInput(f"{index}: is no intact index: {said}") from None
     lengths, pointers = dataset.index.sequence_lengths, dataset.index.sequence_pointers
     dtype = np.dtype(dataset.index.dtype)
     if not np.issubdtype(dtype, np.integer):
@@ -248,6 +252,11 @@ def read_bin(file: Path, *, checked: bool) -> Tokens:
                 f"{file}: has {size} bytes, its {index.name} speaks of {written}: not one dataset"
             )
 
+        for start in range(0, entries, _CHUNK):
+            borders = np.asarray(dataset.index.document_indices[start : start + _CHUNK + 1])
+            if (np.diff(borders) < 0).any() or borders.min() < 0 or borders.max() > sequences:
+                raise BadInput(f"{index}: its documents do not follow one another: write it anew")
+
     def between(start: int, stop: int) -> np.ndarray:
         # A document may be several sequences, or none; the last entry ends the last one. The
         # dataset unmaps its index when it goes.
@@ -265,10 +274,7 @@ def read_npy(file: Path, end: int) -> Tokens:
     Raises:
         BadInput: no such array.
     """
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise BadInput(f"{file}: is no .npy array: {error}") from None
+    array = mapped_array(file)
     if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2):
         shape = " x ".join(map(str, array.shape))
         raise BadInput(f"{file}: is {shape} of {array.dtype}, must be one or two axes of integers")
@@ -290,6 +296,8 @@ def check_ids(file: Path, tokens: Tokens, vocab_size: int) -> None:
     Raises:
         BadInput: names the first that the vocabulary does not have, and its document.
     """
+    if np.iinfo(tokens.ids.dtype).max < vocab_size:
+        return
     for start in range(0, len(tokens), _CHUNK):
         ids = tokens.ids[start : start + _CHUNK]
         if int(ids.max()) < vocab_size and int(ids.min()) >= 0:

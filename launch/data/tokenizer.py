@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Tokenizer:
         # Not the number of entries: a vocabulary may have holes.
         self.vocab_size = max(self._inner.get_vocab().values(), default=-1) + 1
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
-        if end_of_text is not None and self._inner.token_to_id(end_of_text) is None:
+        if end_of_text is not None and self._id(end_of_text) is None:
             raise BadInput(
                 f"data.end_of_text={end_of_text}: must be a token of data.tokenizer={name}"
             )
@@ -86,9 +87,9 @@ class Tokenizer:
             special = {token.content for token in added if token.special}
             names = [name for name in _KNOWN_ENDS if name in special]
             # What the tokenizer itself puts behind a text ends it.
-            behind = self._inner.encode("a").ids[-1:] if self._suffix_length else []
+            behind = self._encoded("a").ids[-1:] if self._suffix_length else []
             names += [self._inner.id_to_token(token) for token in behind]
-        found = [self._inner.token_to_id(name) for name in names if name is not None]
+        found = [self._id(name) for name in names if name is not None]
         return next((token for token in found if token is not None), None)
 
     @property
@@ -108,13 +109,20 @@ class Tokenizer:
     def setting(self, key: str) -> Any:
         """An entry of the tokenizer_config.json beside the tokenizer; of a token, its text."""
         found = self._settings.get(key)
-        return found.get("content") if isinstance(found, dict) else found
+        found = found.get("content") if isinstance(found, dict) else found
+        if key.endswith("_token") and not isinstance(found, str | None):
+            raise BadInput(f"{self._settings_file}: {key}={found!r}: must be text")
+        return found
+
+    @property
+    def _settings_file(self) -> Path:
+        return self.path.with_name("tokenizer_config.json")
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
         if self._inner is None:
             return {}
-        file = self.path.with_name("tokenizer_config.json")
+        file = self._settings_file
         try:
             found = read_json(file) if file.is_file() else {}
         except (ValueError, OSError) as error:
@@ -128,7 +136,7 @@ class Tokenizer:
         if self._inner is None:
             return np.frombuffer(text, dtype=np.uint8)
         if not text.endswith(b"\0"):
-            return np.asarray(self._inner.encode(_unicode(text)).ids, self.dtype)
+            return np.asarray(self._encoded(_unicode(text)).ids, self.dtype)
         return self.encode_parts([(text[:-1], True, True)])[0]
 
     def encode_parts(self, parts: Sequence[tuple[bytes, bool, bool]]) -> list[np.ndarray]:
@@ -144,7 +152,8 @@ class Tokenizer:
                 np.frombuffer(text + b"\0" if last else text, np.uint8) for text, _, last in parts
             ]
         encode = getattr(self._inner, "encode_batch_fast", self._inner.encode_batch)
-        encoded = encode([_unicode(text) for text, _, _ in parts])
+        with self._as_bad_input():
+            encoded = encode([_unicode(text) for text, _, _ in parts])
         before, behind, out = self._prefix_length, self._suffix_length, []
         for (_, first, last), one in zip(parts, encoded, strict=True):
             ids = one.ids
@@ -189,7 +198,8 @@ class Tokenizer:
     def _encode_offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids of texts without what a document begins with, and [n, 2] the characters of each."""
         if self._inner is not None:
-            made = self._inner.encode_batch(texts, add_special_tokens=False)
+            with self._as_bad_input():
+                made = self._inner.encode_batch(texts, add_special_tokens=False)
             return [
                 (np.array(one.ids, self.dtype), np.array(one.offsets, np.int64).reshape(-1, 2))
                 for one in made
@@ -205,18 +215,36 @@ class Tokenizer:
         """Tokens of a text to go on from: without those that the tokenizer puts behind a text."""
         if self._inner is None:
             return list(text)
-        ids = self._inner.encode(_unicode(text)).ids
+        ids = self._encoded(_unicode(text)).ids
         return ids[: len(ids) - self._suffix_length]
 
     @cached_property
     def _suffix_length(self) -> int:
         """Tokens put behind a text, counted at one that has some: an empty one tells no ends."""
-        added = self._inner.encode("a").special_tokens_mask
+        added = self._encoded("a").special_tokens_mask
         return len(list(itertools.takewhile(bool, reversed(added))))
 
     @cached_property
     def _prefix_length(self) -> int:
-        return len(list(itertools.takewhile(bool, self._inner.encode("a").special_tokens_mask)))
+        return len(list(itertools.takewhile(bool, self._encoded("a").special_tokens_mask)))
+
+    def _encoded(self, text: str) -> Any:
+        with self._as_bad_input():
+            return self._inner.encode(text)
+
+    def _id(self, token: str) -> int | None:
+        with self._as_bad_input():
+            return self._inner.token_to_id(token)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _as_bad_input(self) -> Iterator[None]:
+        """What a stranger's tokenizer.json makes the library meet, Rust's panics too."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise BadInput(f"data.tokenizer={self.name}: fails: {error}") from None
 
     def token(self, number: int) -> str:
         """What the vocabulary calls an id."""

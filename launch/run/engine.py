@@ -287,6 +287,11 @@ class Engine:
 
         given = {}
         if moments:
+            there = state.exp_avg.keys() & state.exp_avg_sq.keys()
+            for name, parameter in parameters.items():
+                stepped = parameter.requires_grad and state.weights[name].numel()
+                if there and stepped and name not in there:
+                    raise BadInput(f"the checkpoint holds no moments of {name}")
             given = own(state.exp_avg, "exp_avg/") | own(state.exp_avg_sq, "exp_avg_sq/")
         set_whole(
             self._engine,

@@ -94,6 +94,8 @@ def host_slots(path: Path) -> list[int]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise BadInput(f"--hostfile={path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInput(f"--hostfile={path}: {error}") from None
     slots = []
     for number, line in enumerate(lines, start=1):
         words = line.split("#")[0].split()

@@ -47,6 +47,7 @@ from launch.run.marks import Marks
 from launch.run.optimizer import learning_rate_at
 from launch.run.ranks import StopRequest, is_first
 from launch.run.sections import RunConfig
+from launch.run.sizes import without_memory
 from launch.tasks import Batch, Task
 from parallel.checkpoint import collectively, save_atomically, step_of
 from parallel.mesh import Mesh
@@ -114,7 +115,7 @@ class Loop:
         self.uncounted: str | None = None
         self._ahead = Ahead(self._micro_batches)
         # Whole shapes: the model's own parameters are slices, and under ZeRO 3 empty.
-        with torch.device("meta") as meta:
+        with without_memory() as meta:
             self._shapes = type(task)(config, mesh=Mesh.single(), device=meta).build_model()
         trained = [n for n, p in self._shapes.named_parameters() if p.requires_grad and p.numel()]
         self._unmoved = trained

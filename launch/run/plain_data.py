@@ -7,6 +7,7 @@ Nothing of this machine comes in by them: `${section.key}` stands for another ke
 from __future__ import annotations
 
 import json
+import stat
 import typing
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,11 @@ def _calls_resolver(tree: Any) -> bool:
 
 
 def _text(path: Path) -> str:
-    size = path.stat().st_size
-    if size > _BYTES:
-        raise ValueError(f"has {size:,} bytes, must have at most {_BYTES:,}")
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe answers when it likes
+        raise ValueError("is no regular file")
+    if status.st_size > _BYTES:
+        raise ValueError(f"has {status.st_size:,} bytes, must have at most {_BYTES:,}")
     return path.read_text(encoding="utf-8")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from adaptive.flops import planned_flops
@@ -18,8 +17,8 @@ from launch.run.engine import engine_settings
 from launch.run.errors import BadInput
 from launch.run.log import check_sinks, without_monitors
 from launch.run.sections import RunConfig
+from launch.run.sizes import without_memory
 from launch.run.terminal import announced
-from launch.run.validation import as_too_large
 from launch.run.writable import check_folder
 from launch.run.zero import check_zero
 from launch.tasks.registry import make_task, task_class
@@ -182,7 +181,7 @@ def meta_model(config: RunConfig, mesh: Mesh | None = None) -> nn.Module:
         BadInput: what its blocks refuse.
     """
     try:
-        with torch.device("meta") as device, as_too_large("model"):
+        with without_memory() as device:
             return make_task(config, mesh=mesh, device=device).build_model()
     except BadInput:
         raise

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,19 +87,30 @@ def supervise(command: list[str], run: Supervised | None = None) -> int:
     return code if code >= 0 else 128 - code
 
 
-def follow(launcher: Child, run: Supervised) -> int:
-    """Wait for a run that its own program has started and asks to stop; its exit code.
+def follow(child: Child, run: Supervised, ended: Callable[[], bool]) -> int:
+    """Wait for a run that another program has started; its exit code.
 
     As `supervise`, it ends a run that hangs, says what no rank has said, and believes rank 0 alone.
+
+    Args:
+        child: the run.
+        run: how it is supervised.
+        ended: whether that program ends it by now: then nothing is left to be said.
     """
-    return _Supervision(launcher, run, []).code()
+    return _Supervision(child, run, [], ended).code()
 
 
 class _Supervision:
     """One launcher while it runs."""
 
-    def __init__(self, launcher: Child, run: Supervised, asked: list[int]) -> None:
-        self._launcher, self._run, self._asked = launcher, run, asked
+    def __init__(
+        self,
+        launcher: Child,
+        run: Supervised,
+        asked: list[int],
+        ended: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._launcher, self._run, self._asked, self._ended = launcher, run, asked, ended
         self._watch = Watch(run.hang_seconds)
         self._gone: dict[int, Mark] = {}
         self._failing = self._empty = 0.0
@@ -175,6 +186,8 @@ class _Supervision:
         ended = marks[0].at if 0 in marks else None
         if code == 0 and ended in (FINISHED, STOPPED):
             return 0
+        if self._ended():
+            return code or 1
         errors = read_errors(run.output) if marks else []
         own = [rank for rank, said in errors if PEER not in said.split("\n")[0]]
         where = f"tracebacks of the ranks: {run.output / 'errors'}"

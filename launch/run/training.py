@@ -50,7 +50,7 @@ def run(config: RunConfig, marks: Marks | None = None) -> None:
         print(f"{dist.get_world_size()} ranks have met on {device.type}", flush=True)
     with ExitStack() as held:
         with announced(f"looking for a checkpoint in {config.output}"):
-            source = _found_by_first_rank(lambda: _begin(config, held))
+            source = _found_by_first_rank(lambda: _begin(config, held), output=config.output)
         marks.open(Path(config.output), dist.get_rank())
         stopped = _run_phases(config, source, device, marks)
     marks(STOPPED if stopped else FINISHED, slow=True)
@@ -265,8 +265,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _found_by_first_rank(find: Callable[[], Path | None]) -> Path | None:
-    """What rank 0 finds, on every rank.
+def _found_by_first_rank(find: Callable[[], Path | None], *, output: str) -> Path | None:
+    """What rank 0 finds, on every rank; `output` is the folder that it works in.
 
     Raises:
         BadInput: on every rank, when rank 0 meets bad input.
@@ -275,8 +275,10 @@ def _found_by_first_rank(find: Callable[[], Path | None]) -> Path | None:
     if is_first():
         try:
             box[0] = find()
-        except (BadInput, OSError) as error:
+        except BadInput as error:
             box[1] = str(error)
+        except OSError as error:
+            box[1] = f"{error.filename or output}: {error.strerror or error}"
     dist.broadcast_object_list(box, src=0)
     path, problem = box
     if problem is not None:

@@ -219,6 +219,15 @@ def test_resuming_writes_no_step_twice(tmp_path: Path) -> None:
     assert points[5].value == 105.0
 
 
+@pytest.mark.parametrize("line", ['{"step": "1"}', "[1]", "[" * 100_000, "{"])
+def test_a_log_is_kept_up_to_what_is_no_line_of_it(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: line 2 cannot be read"):
+        MetricLog(tmp_path, first_step=3, tensorboard=False).close()
+    assert read_metrics(path) == [{"step": 0}]
+
+
 def test_starting_anew_forgets_an_earlier_run(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -121,6 +121,13 @@ def test_token_files_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None
     (tmp_path / "a.idx").write_bytes(whole["idx"][:-8])
     with pytest.raises(BadInput, match=r"a.idx: has 1034 bytes, must have 1042: cut short"):
         corpus(tmp_path, tmp_path / "cache")
+    (tmp_path / "a.idx").write_bytes(whole["idx"][:18] + bytes(16))
+    with pytest.raises(BadInput, match=r"a.idx: is no intact index: index -1 is out of bounds"):
+        corpus(tmp_path, tmp_path / "cache")
+    disordered = whole["idx"][:-24] + whole["idx"][-16:-8] + whole["idx"][-24:-16]
+    (tmp_path / "a.idx").write_bytes(disordered + whole["idx"][-8:])
+    with pytest.raises(BadInput, match=r"a.idx: its documents do not follow one another"):
+        corpus(tmp_path, tmp_path / "cache")
     (tmp_path / "a.idx").write_bytes(whole["idx"][:9] + b"\2" + whole["idx"][10:])
     with pytest.raises(BadInput, match=r"a.idx: has version 2 and dtype 4: must be 1, and 1 to 8"):
         corpus(tmp_path, tmp_path / "cache")

@@ -14,7 +14,7 @@ from launch.run.launcher import count_ranks
 
 def hostfile(folder: Path, text: str) -> argparse.Namespace:
     path = folder / "hosts"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     return argparse.Namespace(hostfile=str(path), ranks=None)
 
 
@@ -29,6 +29,7 @@ def test_ranks_of_several_nodes_are_those_of_the_hostfile(tmp_path: Path) -> Non
         ("node-1 8\n", "hosts:1: must be HOST slots=COUNT"),
         ("node-1 slots=8\nnode-2 slots=x\n", "hosts:2: must be HOST slots=COUNT"),
         ("# nobody\n", "hosts: names no host"),
+        ("\udcff slots=1\n", "hosts: 'utf-8' codec can't decode"),
     ],
 )
 def test_a_wrong_hostfile_is_one_line(text: str, line: str, tmp_path: Path) -> None:

@@ -15,9 +15,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from launch.checkpoint.contents import newest_checkpoint, problem_with_checkpoint
-from launch.checkpoint.files import find_checkpoint, load_model, named_tensors, write_whole
+from launch.checkpoint.files import (
+    find_checkpoint,
+    load_model,
+    named_tensors,
+    save_tensors,
+    write_whole,
+)
 from launch.checkpoint.state import RunState, WholeState
 from launch.convert import METHODS
 from launch.run.config import from_mapping, load_config, load_saved
@@ -50,6 +57,7 @@ READERS = [
     "convert tokenformer save CHECKPOINT OUT.safetensors",
     "start --config RECIPE checkpoint.resume=CHECKPOINT",
     "train --config RECIPE checkpoint.resume=CHECKPOINT",
+    "profile --config RECIPE checkpoint.resume=CHECKPOINT",
     "start --config RECIPE output=OUT checkpoint.weights=CHECKPOINT",
     "train --config RECIPE output=OUT checkpoint.weights=CHECKPOINT",
 ]
@@ -57,6 +65,7 @@ CONFIGURED = [
     "start --config CHECKPOINT/run.yaml",
     "train --config CHECKPOINT/run.yaml",
     "plan --config CHECKPOINT/run.yaml --gpus 1",
+    "profile --config CHECKPOINT/run.yaml",
     "parity --config CHECKPOINT/run.yaml --meshes data=2",
     "profile --config CHECKPOINT/run.yaml",
     "compare COMPARISON recipe=CHECKPOINT/run.yaml",
@@ -340,6 +349,11 @@ def _changed(name: str, **changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def _shard(checkpoint: Path) -> Path:
     (checkpoint / "engine").mkdir()
     return checkpoint / "engine" / "mp_rank_00_model_states.pt"
@@ -368,6 +382,20 @@ def _shard(checkpoint: Path) -> Path:
         ),
         (lambda c: shutil.make_archive(str(c / "engine/a"), "zip", c / ".."), "engine/a.zip"),
         (lambda c: _shard(c).write_bytes(b"PK"), "model_states.pt cannot be read"),
+        (lambda c: os.mkfifo(_shard(c)), "model_states.pt is no regular file"),
+        (lambda c: os.mkfifo(c / "a"), "a is no regular file"),
+        (lambda c: _pipe(c / "state.json"), "state.json is no regular file"),
+        (lambda c: _pipe(c / MANIFEST), "is no regular file"),
+        (
+            lambda c: save_tensors({"abc": torch.zeros(1)}, c / "optimizer.safetensors"),
+            r"optimizer.safetensors: abc \[1\] is no moment of a weight",
+        ),
+        (
+            lambda c: save_tensors(
+                {"exp_avg/embedding.weight": torch.zeros(1)}, c / "optimizer.safetensors"
+            ),
+            r"exp_avg/embedding.weight \[1\] is no moment of a weight",
+        ),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_skipped(
@@ -380,8 +408,31 @@ def test_a_checkpoint_that_cannot_be_read_is_skipped(
         why = "is compressed"
     else:
         damage(newest)
-    sign(newest)
+    if (newest / MANIFEST).is_file():
+        sign(newest)
     assert_skipped(run, newest, why)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"ffn_dim": 10**12}, "layers.0.ffn.gate.weight is"),
+        ({"ffn_dim": 10**18}, "model: is too large to be written down"),
+        ({}, "holds torch.int64, must hold torch.float32"),
+    ],
+)
+def test_weights_of_another_size_or_kind_take_no_memory(
+    change: dict[str, int], why: str, newest: Path
+) -> None:
+    tree = yaml.safe_load((newest / "run.yaml").read_text())
+    tree["model"] |= change
+    (newest / "run.yaml").write_text(yaml.safe_dump(tree))
+    if not change:
+        whole = load_file(newest / "model.safetensors")
+        save_tensors({n: t.long() for n, t in whole.items()}, newest / "model.safetensors")
+    sign(newest)
+    with pytest.raises(BadInput, match=why):
+        load_model(newest)
 
 
 @pytest.mark.parametrize(

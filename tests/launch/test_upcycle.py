@@ -22,6 +22,11 @@ from tests.adaptive.models.test_transformers_weights import ids, random_model
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
 
+LLAMA = (
+    '{"model_type": "llama", "vocab_size": 64, "hidden_size": %s, "num_hidden_layers": 1, '
+    '"num_attention_heads": 2, "intermediate_size": 32}'
+)
+
 
 def dense_run(folder: Path, *, tie: bool, **sections: Any) -> tuple[Decoder, Path]:
     write_text(folder)
@@ -140,6 +145,9 @@ def test_a_mixtral_directory_without_a_shard_leaves_nothing_behind(
         ("config.json", "{", "config.json: is no JSON"),
         ("config.json", "[]", "config.json: must hold the settings"),
         ("config.json", '{"model_type": "llama"}', "vocab_size: missing from the settings"),
+        ("config.json", "[" * 100_000, "config.json: is no JSON: nested too deeply"),
+        ("config.json", LLAMA % '"x"', "hidden_size"),
+        ("config.json", LLAMA % "null", "hidden_size"),
         ("model.safetensors", "cut", "model.safetensors: cannot be read"),
     ],
 )
