@@ -32,7 +32,7 @@ from launch.run.writable import write_text_whole
 SPLITS = ("train", "validation")
 FORMAT = 6
 _FEW = 20  # fewer documents than this are held out in part, not as a whole
-_BATCH = 1 << 22  # bytes of text that are encoded together
+_BATCH = 1 << 21  # bytes of text that are encoded together
 _MARK_SECONDS = 5.0  # between notes of how far it is, which continue it
 
 

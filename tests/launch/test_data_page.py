@@ -96,7 +96,7 @@ def test_every_command_of_the_page_could_begin(home: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_every_command_of_the_page_trains(home: Path) -> None:
     """As printed, in order; of each recipe the first writes where the page says that it does."""
     environment = {**os.environ, "HOME": str(home), "PYTHON": sys.executable}
