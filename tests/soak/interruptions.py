@@ -30,7 +30,8 @@ from tests.distributed.runs import tiny_config, write_text
 from tests.soak.record import LOST, SURVIVED, Record, Try
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 72, 4
+# More steps than a series gets through: a run that finishes cannot be interrupted.
+STEPS, EVERY = 160, 4
 # Of a series: so many are interrupted, then one goes to the end.
 TRIES = 8
 VICTIMS = ("rank 0", "rank 1", "launcher", "launcher's starter", "start")
@@ -75,7 +76,6 @@ class Leg:
 
     @property
     def said(self) -> str:
-        self.log.flush()
         return Path(self.log.name).read_bytes()[self._from :].decode(errors="replace")
 
     def steps(self) -> list[int]:
