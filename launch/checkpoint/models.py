@@ -58,7 +58,7 @@ def load_decoder(path: str | Path, *, device: str | None = "cpu") -> SavedDecode
     Raises:
         BadInput: no such device or checkpoint, or it holds another kind of model.
     """
-    where = _device(device)
+    where = choose_device(device)
     folder = find_checkpoint(path)
     model, config = load_model(folder)
     if not isinstance(model, Decoder):
@@ -66,7 +66,12 @@ def load_decoder(path: str | Path, *, device: str | None = "cpu") -> SavedDecode
     return SavedDecoder(model.to(where), config, make_task(config), folder)
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of `--device`; None: the best there is.
+
+    Raises:
+        BadInput: no such device.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

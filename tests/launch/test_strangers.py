@@ -46,6 +46,7 @@ READERS = [
     "quality CHECKPOINT --samples 64",
     "oracle CHECKPOINT",
     "train_exit CHECKPOINT",
+    "evaluate CHECKPOINT --data RECIPE",
     "compare_routing CHECKPOINT",
     "budget_curve CHECKPOINT model.num_layers=2",
     "compare COMPARISON common=[checkpoint.weights=CHECKPOINT]",

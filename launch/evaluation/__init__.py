@@ -1,0 +1,1 @@
+"""How well a model predicts text that it is given: windows, losses, operations."""
