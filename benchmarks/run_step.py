@@ -8,6 +8,8 @@ on all ranks meanwhile, so that what ranks take from each other (caches, clock) 
 `overhead` is the median over rounds of run / plain, less 1; `processor_overhead` the same of rank
 0's processor time, in which other work on the machine and waiting for other ranks do not count.
 
+`exchange` is what ranks cannot do without at ZeRO 1, alone: gradients summed, weights gathered.
+
 Where the rest goes is told by `launch.run.profiling`; how fast products are, by torch's profiler on
 `plain`: their operations over the time in them, as a share of the rate of one large product.
 """
@@ -88,7 +90,20 @@ def measure(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
 
         return call
 
-    cases = {"run": timed("run", loop.step), "plain": timed("plain", plain.step)}
+    numbers_sent = sum(p.numel() for p in plain.model.parameters())
+    gradients = torch.ones(numbers_sent)
+    part = torch.ones(-(-numbers_sent // dist.get_world_size()))
+    weights = torch.empty(part.numel() * dist.get_world_size())
+
+    def exchange() -> None:
+        dist.all_reduce(gradients)
+        dist.all_gather_into_tensor(weights, part)
+
+    cases = {
+        "run": timed("run", loop.step),
+        "plain": timed("plain", plain.step),
+        "exchange": exchange,
+    }
     seconds = interleave_on_ranks(cases, rounds, warmup=3)
     ratios = [a / b for a, b in zip(seconds["run"], seconds["plain"], strict=True)]
     spent = {name: statistics.median(times[3:]) for name, times in processor.items()}
@@ -105,6 +120,7 @@ def measure(recipe: str, overrides: list[str], rounds: int) -> dict[str, Any]:
         "overhead_quartiles": [q - 1 for q in statistics.quantiles(ratios, n=4)[::2]],
         "processor_seconds": spent,
         "processor_overhead": spent["run"] / spent["plain"] - 1,
+        "exchange_share": medians(seconds)["exchange"] / medians(seconds)["plain"],
         "products": products,
         "profile": numbers(costs, clock),
     }

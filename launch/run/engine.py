@@ -82,7 +82,7 @@ class Engine:
         stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         compile_for(config, objective.model)
         if stage:
-            fit_bucket(settings["zero_optimization"], objective)
+            fit_zero(settings["zero_optimization"], objective, mesh, device)
         declare_experts(objective, mesh, zero_stage=stage)
         groups = expert_groups(groups)
         optimizer = None
@@ -396,12 +396,20 @@ def engine_settings(
     return settings
 
 
-def fit_bucket(zero: dict[str, Any], model: nn.Module) -> None:
-    """Make the bucket of gradients no larger than all of them, unless its size is given.
+# Numbers of a bucket. Memory above 32 MiB the C library hands back to the system, every time.
+_BUCKET = {"cuda": int(5e8), "cpu": 7_500_000}
 
-    DeepSpeed allocates its 5e8 numbers anew in every step, and a system gives them page by page:
-    a seventh of a small model's step on a CPU, and 2 GB of a GPU.
+
+def fit_zero(zero: dict[str, Any], model: nn.Module, mesh: Mesh, device: torch.device) -> None:
+    """Complete section zero_optimization by what suits a model, where it does not say itself.
+
+    The bucket of gradients is no larger than all of them: DeepSpeed allocates its 5e8 numbers anew
+    in every step, and a system gives them page by page; on a GPU they are 2 GB. And the bucket is
+    summed where it lies: `reduce_scatter` copies it out and back, and sends as much. (Experts on
+    several ranks need that: their sums are of other groups.)
     """
     if "reduce_bucket_size" not in zero:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        zero["reduce_bucket_size"] = min(max(trained, 1), int(5e8))
+        zero["reduce_bucket_size"] = min(max(trained, 1), _BUCKET[device.type])
+    if int(zero["stage"]) in (1, 2) and mesh.expert == 1:
+        zero.setdefault("reduce_scatter", False)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from launch.run.config import from_mapping
 from launch.run.deepspeed_section import check_deepspeed
-from launch.run.engine import engine_settings, fit_bucket
+from launch.run.engine import engine_settings, fit_zero
+from parallel.mesh import Mesh
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "deepspeed").glob("*.json"))
 
@@ -100,16 +102,22 @@ def test_what_only_other_keys_make_valid_is_accepted() -> None:
     check_deepspeed({"bf16": half, "zero_optimization": {"stage": 2}})
 
 
-def test_a_bucket_of_gradients_is_no_larger_than_all_of_them() -> None:
-    model = nn.Linear(3, 4)
-    zero: dict[str, object] = {"stage": 1}
-    fit_bucket(zero, model)
-    assert zero["reduce_bucket_size"] == 16
-    zero = {"stage": 1, "reduce_bucket_size": 7}
-    fit_bucket(zero, model)
-    assert zero["reduce_bucket_size"] == 7
+def test_zero_is_given_what_suits_the_model_where_it_is_not_said() -> None:
+    cpu, alone = torch.device("cpu"), Mesh.single()
+    with torch.device("meta"):
+        large = nn.Linear(4000, 4000)
+    for given, model, mesh, expected in (
+        ({"stage": 1}, nn.Linear(3, 4), alone, {"reduce_bucket_size": 16, "reduce_scatter": False}),
+        ({"stage": 2}, large, alone, {"reduce_bucket_size": 7_500_000, "reduce_scatter": False}),
+        ({"stage": 3}, nn.Linear(3, 4), alone, {"reduce_bucket_size": 16}),
+        ({"stage": 1}, nn.Linear(3, 4), Mesh(data=2, expert=2), {"reduce_bucket_size": 16}),
+        ({"stage": 1, "reduce_bucket_size": 7, "reduce_scatter": True}, large, alone, {}),
+    ):
+        zero: dict[str, object] = dict(given)
+        fit_zero(zero, model, mesh, cpu)
+        assert zero == {**given, **expected}
     # What a run's configuration says is not changed by the engine.
-    given = {"zero_optimization": {"stage": 1}}
-    config = from_mapping({"deepspeed": given})
+    said = {"zero_optimization": {"stage": 1}}
+    config = from_mapping({"deepspeed": said})
     engine_settings(config, 1)["zero_optimization"]["stage"] = 2
     assert config.deepspeed == {"zero_optimization": {"stage": 1}}
