@@ -105,6 +105,7 @@ def machine() -> dict[str, Any]:
     return {
         "machine": name,
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # above the cores, seconds are of a loaded machine
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
