@@ -160,16 +160,18 @@ def verdict(base: list[Line], new: list[Line] | None) -> str:
     """`equal …`, or the first step that differs and by what."""
     if not base or not new:
         return f"not trained in {'the base' if not base else 'the new tree'}"
-    for old, now in zip(base, new, strict=False):
-        for key in old:
-            if key in now and repr(old[key]) != repr(now[key]):
-                return f"step {old['step']} differs: {key} {old[key]!r}, now {now[key]!r}"
-    if len(base) != len(new):
-        return f"{len(base)} lines, now {len(new)}"
-    lost = sorted({key for old, now in zip(base, new, strict=True) for key in old.keys() - now})
-    shared = sum(len(old.keys() & now) for old, now in zip(base, new, strict=True))
-    steps = len({line["step"] for line in base})
-    said = f"equal: {steps} steps, {shared} figures"
+    old, now = (
+        {(line["step"], key): value for line in lines for key, value in line.items()}
+        for lines in (base, new)
+    )
+    for (step, key), value in old.items():
+        if (step, key) in now and repr(value) != repr(now[step, key]):
+            return f"step {step} differs: {key} {value!r}, now {now[step, key]!r}"
+    steps = {step for step, _ in old}
+    if missing := steps - {step for step, _ in now}:
+        return f"step {min(missing)} is not there"
+    lost = sorted({key for _, key in old.keys() - now})
+    said = f"equal: {len(steps)} steps, {len(old.keys() & now)} figures"
     return said + (f"; no longer logged: {', '.join(lost)}" if lost else "")
 
 
