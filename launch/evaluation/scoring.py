@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptive.flops import records_by_module
-from adaptive.models.decoder.generate import non_causal_layers
+from adaptive.models.decoder.generate import Sampling, generate, non_causal_layers
 from adaptive.models.decoder.model import Decoder
 from adaptive.models.weights.transformers import decoder_config, loaded
 from adaptive.ops.flop_counter import FlopCounter, Work
@@ -71,6 +71,10 @@ class Scorer(Protocol):
     nominal: float
 
     def predict(self, windows: Sequence[Window]) -> list[Prediction]: ...
+
+    def continued(self, prompt: Sequence[int], count: int) -> Iterator[list[int]]:
+        """The likeliest continuation, at most `count` tokens, as it grows; without an end."""
+        ...
 
 
 def windows_of(
@@ -153,11 +157,28 @@ class DecoderScorer:
         self.nominal += self._operations(FlopCounter(nominal=True), layout, windows)
         return out
 
+    def continued(self, prompt: Sequence[int], count: int) -> Iterator[list[int]]:
+        end, made = self.tokenizer.end, None
+        try:
+            for made in generate(
+                self.model,
+                [prompt],
+                max_new_tokens=count,
+                sampling=Sampling(temperature=0),
+                vocab_size=self.tokenizer.vocab_size,
+                cached=self.causal,
+                end=end,
+            ):
+                yield _without_end(made.tokens[0], end)
+        finally:
+            if made is not None:
+                self.executed += made.executed_flops(self.model)
+                self.nominal += made.nominal_flops(self.model)
+
     def _operations(
         self, counter: FlopCounter, layout: TokenLayout, windows: Sequence[Window]
     ) -> float:
-        for layer in self.model.layers:
-            counter(layer, Work.of(layout))
+        self.model.count_layers(counter, Work.of(layout))
         counter(self.model.output, Work.dense(1, sum(window.scored for window in windows)))
         return float(counter.total().forward)
 
@@ -211,6 +232,23 @@ class HubScorer:
             for logits_SV, end, window in zip(logits_BSV, ends, windows, strict=True)
         ]
         return [_judged(None, part, w) for part, w in zip(rows, windows, strict=True)]
+
+    def continued(self, prompt: Sequence[int], count: int) -> Iterator[list[int]]:
+        ids_1S = torch.tensor([list(prompt)], device=self.model.device)
+        end = self.tokenizer.end
+        made = self.model.generate(
+            ids_1S,
+            attention_mask=torch.ones_like(ids_1S),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        yield _without_end(made[0, len(prompt) :].tolist(), end)
+
+
+def _without_end(ids: list[int], end: int | None) -> list[int]:
+    return ids[:-1] if ids[-1:] == [end] else list(ids)
 
 
 def _judged(output: Any, rows: Tensor, window: Window) -> Prediction:

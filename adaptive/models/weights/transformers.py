@@ -246,7 +246,7 @@ def _published(
 
 
 def _without_routing(config: DecoderConfig) -> tuple[DecoderConfig, list[Method]]:
-    """The decoder whose layers compute every token, and the methods that choose for them.
+    """The decoder whose layers compute every token, and the methods that choose for some of them.
 
     Raises:
         ValueError: names a method that no published tensors can tell.
@@ -256,7 +256,8 @@ def _without_routing(config: DecoderConfig) -> tuple[DecoderConfig, list[Method]
         if method not in layers and method.name != "mixture_of_experts":
             raise ValueError(f"{method.name}: models of transformers have nothing like it")
     without: dict[str, Any] = {method.name: None for method in layers}
-    return replace(config, **without), layers
+    routing = [method for method in layers if method.routed_layers(config.num_layers)]
+    return replace(config, **without), routing
 
 
 def _entry(entry: Any) -> tuple[str, list[Method]]:
