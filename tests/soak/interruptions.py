@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,9 +34,6 @@ ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 160, 4
 # Of a series: so many are interrupted, then one goes to the end.
 TRIES = 8
-# Steps that must be left, or a run ends before what is to happen: a signal is heard some steps
-# later than it is sent, and what was asked to stop has saved them.
-ROOM = 30
 VICTIMS = ("rank 0", "rank 1", "launcher", "launcher's starter", "start")
 # What may follow: exit codes, and words that the program says.
 KILLS = [f"kill -9 {victim}" for victim in VICTIMS] + [
@@ -141,15 +137,8 @@ def series(
     for try_number, kind in enumerate(kinds, start=number * TRIES):
         if record.has(part, try_number):
             continue
-        problem = None
-        if reached > STEPS - ROOM:
-            problem = end(recipe, folder)
-            shutil.rmtree(folder / name)
-            reached = 0
         leg, begun, verdict = Leg(recipe), time.monotonic(), SURVIVED
         try:
-            if problem is not None:
-                raise Lost(f"the run before it: {problem}")
             said = interrupt(leg, kind, random.Random(f"{seed} {part} {try_number}"), reached)
         except (Lost, psutil.Error) as problem:
             verdict, said = LOST, f"{type(problem).__name__}: {problem}"
@@ -163,7 +152,13 @@ def series(
         seconds = round(time.monotonic() - begun, 1)
         record.add(Try(part, kind, try_number, verdict, said, seconds))
     begun = time.monotonic()
-    problem = end(recipe, folder)
+    leg = Leg(recipe)
+    try:
+        code = leg.process.wait(timeout=900)
+        problem = f"the last leg ended with {code}: {leg.said[-300:]}" if code else None
+    finally:
+        leg.close()
+    problem = problem or difference(leg.output, folder / "undisturbed")
     record.add(
         Try(
             f"{part}, at last",
@@ -174,18 +169,6 @@ def series(
             round(time.monotonic() - begun, 1),
         )
     )
-
-
-def end(recipe: Path, folder: Path) -> str | None:
-    """Let a run end; how its log differs from the undisturbed one's, None: not at all."""
-    leg = Leg(recipe)
-    try:
-        code = leg.process.wait(timeout=900)
-        if code:
-            return f"the last leg ended with {code}: {leg.said[-300:]}"
-    finally:
-        leg.close()
-    return difference(leg.output, folder / "undisturbed")
 
 
 def interrupt(leg: Leg, kind: str, chance: random.Random, reached: int) -> str:
