@@ -84,7 +84,7 @@ def test_distributions_hold_what_runs_and_no_strays(built: Path) -> None:
     assert tops == {"adaptive", "parallel", "launch"}
     with tarfile.open(archive) as opened:
         sources = {name.partition("/")[2] for name in opened.getnames()}
-    assert {"recipes/mod_lm.sh", "launch/__main__.py", "LICENSE", "CHANGELOG.md"} <= sources
+    assert {"recipes/mod_lm.sh", "launch/run/console.py", "LICENSE", "CHANGELOG.md"} <= sources
     tops = {name.split("/")[0] for name in sources if name}
     known = {"adaptive", "parallel", "launch", "recipes", "setup.cfg", "PKG-INFO", *FILES}
     assert tops - {"adaptive_transformers.egg-info"} == known
@@ -106,7 +106,7 @@ def test_the_installed_command_trains_a_recipe_by_its_name(installed: Path, tmp_
 
 
 def test_an_unknown_program_is_one_line(tmp_path: Path) -> None:
-    done = run(sys.executable, "-m", "launch", "trian", cwd=tmp_path, path=ROOT)
+    done = run(sys.executable, "-m", "launch.run.console", "trian", cwd=tmp_path, path=ROOT)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("error: trian: must be one of train, budget_curve, compare")
 

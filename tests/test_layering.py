@@ -155,3 +155,8 @@ def test_files_have_one_subject() -> None:
         for path in sources(package):
             assert path.stem not in vague, path
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 600, path
+
+
+def test_programs_lie_directly_in_launch_and_nothing_else_does() -> None:
+    files = sorted((ROOT / "launch").glob("*.py"))
+    assert len(files) <= 20, [path.stem for path in files]

@@ -14,8 +14,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(
     path.stem
     for path in (ROOT / "launch").glob("*.py")
-    if path.stem != "__main__"
-    and '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
+    if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
 )
 RECIPE = ["--config", str(ROOT / "recipes" / "mod_lm.yaml")]
 LARGE = "12345678901234567890123"

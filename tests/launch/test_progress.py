@@ -90,7 +90,9 @@ def test_a_run_that_is_asked_to_stop_while_it_imports_torch_is_unbegun(tmp_path:
 
 def test_every_program_says_that_it_starts_before_it_imports_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(7)")
-    words = {name: (f"launch.{name}", "x") for name in PROGRAMS} | {"adaptive": ("launch", "plan")}
+    words = {name: (f"launch.{name}", "x") for name in PROGRAMS} | {
+        "adaptive": ("launch.run.console", "plan")
+    }
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     options = {"cwd": ROOT, "env": environment, "text": True}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

@@ -17,7 +17,7 @@ from pathlib import Path
 from launch.run.errors import BadInput, program
 from launch.run.starting import begin
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 # launch/train.py is one rank; launch/start.py is what a user calls training.
 TRAIN, RANK = "start", "train"
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def programs() -> dict[str, tuple[str, str]]:
-    """name -> (module, one line): the files beside this one that are programs."""
+    """name -> (module, one line): the files directly in launch/ that are programs."""
     found = {}
     for path in sorted(FOLDER.glob("*.py")):
         if path.stem.startswith("__") or path.stem == RANK:
