@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+
+from launch.run.marks import read_marks
 
 
 class Started:
@@ -45,6 +48,7 @@ class Started:
             cwd=Path(__file__).parents[2],
         )
         self.lines: list[str] = []
+        self._output, self._holds = Path(tree["output"]), holds
 
     def wait_for(self, prefix: str) -> None:
         assert self.process.stdout is not None
@@ -53,6 +57,18 @@ class Started:
             if line.startswith(prefix):
                 return
         pytest.fail("".join(self.lines))
+
+    def wait_until_held(self) -> None:
+        """The rank that `holds` has no batch: it says that a step is done before it ends it."""
+        assert self._holds is not None
+        rank, steps = self._holds
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit:
+            mark = read_marks(self._output).get(rank)
+            if mark is not None and (mark.at, mark.step) == ("batch", steps):
+                return
+            time.sleep(0.02)
+        pytest.fail(f"rank {rank} does not wait behind step {steps}\n" + "".join(self.lines))
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

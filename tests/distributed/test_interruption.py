@@ -82,6 +82,8 @@ def interrupted(
     ((_, step),) = at.values()
     try:
         started.wait_for(f"step {step:>2}/{STEPS}")
+        if "holds" in at:
+            started.wait_until_held()
         everyone = started.descendants()
         interrupt(started)
         code, said = started.end()
