@@ -5,6 +5,7 @@ Shape legend: B sequences, T tokens.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -105,6 +106,5 @@ def boundary_loss(
     k_B = ends_T.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, ends_T)
     if kind == "binomial":
         choose_B = torch.lgamma(n_B + 1) - torch.lgamma(k_B + 1) - torch.lgamma(n_B - k_B + 1)
-        likely = torch.tensor(prior, dtype=ends_T.dtype, device=ends_T.device)
-        return -(choose_B + k_B * likely.log() + (n_B - k_B) * torch.log1p(-likely)).sum()
+        return -(choose_B + k_B * math.log(prior) + (n_B - k_B) * math.log1p(-prior)).sum()
     return ((k_B - prior * n_B).relu() + ((prior - slack) * n_B - k_B).relu()).sum()

@@ -42,6 +42,7 @@ WAITING = {
     "skip_layer": {"adaptive/routing/selection.py"},
     "sized_feed_forward": {"adaptive/routing/selection.py"},
     "adaptive_computation": {"adaptive/routing/selection.py"},
+    "segments": {"adaptive/routing/grouping.py"},
     # A protected class token leaves the number of groups open.
     "token_merging": {"adaptive/routing/grouping.py"},
 }
