@@ -156,14 +156,20 @@ def read_log(log: Path) -> list[Line]:
     return [{k: v for k, v in line.items() if not k.startswith(clocked)} for line in lines]
 
 
+def _by_step_and_key(lines: list[Line]) -> dict[tuple[int, str], list[Any]]:
+    """All values, in order: a line that is there twice is no line that is there once."""
+    found: dict[tuple[int, str], list[Any]] = {}
+    for line in lines:
+        for key in line.keys() - {"step"}:
+            found.setdefault((line["step"], key), []).append(line[key])
+    return found
+
+
 def verdict(base: list[Line], new: list[Line] | None) -> str:
     """`equal …`, or the first step that differs and by what."""
     if not base or not new:
         return f"not trained in {'the base' if not base else 'the new tree'}"
-    old, now = (
-        {(line["step"], key): value for line in lines for key, value in line.items()}
-        for lines in (base, new)
-    )
+    old, now = _by_step_and_key(base), _by_step_and_key(new)
     for (step, key), value in old.items():
         if (step, key) in now and repr(value) != repr(now[step, key]):
             return f"step {step} differs: {key} {value!r}, now {now[step, key]!r}"

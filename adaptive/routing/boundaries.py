@@ -27,8 +27,8 @@ def word_ends(ids_T: Tensor) -> Tensor:
 
     Source: hierarchical byte and word models, arXiv 2501.10322, section 3 (words by white space).
     """
-    tab, newline, carriage_return, space = 9, 10, 13, 32
-    return (ids_T == space) | ((ids_T >= tab) & (ids_T <= carriage_return)) | (ids_T == newline)
+    tab, carriage_return, space = 9, 13, 32
+    return (ids_T == space) | ((ids_T >= tab) & (ids_T <= carriage_return))
 
 
 def segments_of(ends_T: Tensor, layout: TokenLayout, ends_soft_T: Tensor | None = None) -> Grouping:

@@ -57,9 +57,8 @@ def check(names: list[str], degrees: Degrees, micro_batches: int = 1) -> dict[st
     found = {}
     for name in names:
         subject = replace(SUBJECTS[name], rows=9 if uneven else 8)
-        # Momentum shows in the second step.
         rate = 0.1 if name == "sprint" else 1.0
-        settings = Settings(steps=2, micro_batches=micro_batches, learning_rate=rate)
+        settings = Settings(micro_batches=micro_batches, learning_rate=rate)
         found[name] = checked(subject, degrees, settings)
     return found
 

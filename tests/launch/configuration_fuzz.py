@@ -30,7 +30,7 @@ from launch.tasks.registry import task_class
 from tests.distributed.runs import tiny_config, write_text
 
 LONGEST = 5.0
-"""Seconds of the processor that an answer may take, however loaded the machine is."""
+"""Seconds that an answer may take."""
 
 # What each section of methods is tried with, beside the model's own keys.
 _METHODS: list[dict[str, Any]] = [
@@ -213,16 +213,16 @@ def _with(base: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
 
 def _try(attempt: Attempt, file: Path, figures: Figures) -> None:
     file.write_text(yaml.safe_dump(attempt.tree), encoding="utf-8")
-    out, err, begun = io.StringIO(), io.StringIO(), time.process_time()
+    out, err, begun = io.StringIO(), io.StringIO(), time.perf_counter()
     code: Any = 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _ended_after(60.0):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _ended_after(8.0):
             main(["--config", str(file), "--ranks", "2", "--dry-run"])
     except SystemExit as ended:
         code = ended.code
     except BaseException:
         code = traceback.format_exc().strip().splitlines()[-1]
-    seconds = time.process_time() - begun
+    seconds = time.perf_counter() - begun
     figures.slowest = max(figures.slowest, seconds)
     said = f"{attempt.key}={str(attempt.value)[:60]!r} ({type(attempt.value).__name__})"
     lines = err.getvalue().splitlines()
