@@ -3,17 +3,19 @@
 A comparison names a recipe, some arms (lists of overrides) and seeds. Every run may execute the
 same number of floating-point operations, forward and backward; the steps follow from what its
 model plans for a step. Finished runs are kept and not repeated, so an interrupted comparison goes
-on where it was. Writes a table, a plot and the numbers.
+on where it was. With `sizes` every arm is trained at each of them, at every budget, and the arms'
+best sizes are compared: IsoFLOP curves. Writes a table, a plot and the numbers.
 """
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from launch.comparison.config import load_comparison
 from launch.comparison.report import write_results
-from launch.comparison.runs import finish, plan_runs
+from launch.comparison.runs import Run, finish, plan_runs, runs_at_optimum
 from launch.run.children import Children
 from launch.run.errors import Failed, OneLineParser, program
 from launch.run.options import check_counts
@@ -35,14 +37,20 @@ def main(arguments: list[str] | None = None) -> None:
     comparison = load_comparison(path, options.overrides)
     runs = plan_runs(comparison, path.parent)
     with ThreadPoolExecutor(options.jobs) as pool, Children() as children:
-        outcomes = list(
-            pool.map(lambda run: finish(run, threads=options.threads, children=children), runs)
-        )
-    failed = [run for run, outcome in zip(runs, outcomes, strict=True) if outcome is None]
-    if failed:
-        names = ", ".join(f"{run.arm} seed {run.seed}" for run in failed)
-        raise Failed(f"not finished: {names}; see log.txt in their folders")
-    write_results(comparison, [outcome for outcome in outcomes if outcome is not None])
+
+        def finish_all(runs: list[Run]) -> list[dict[str, Any]]:
+            done = pool.map(
+                lambda run: finish(run, threads=options.threads, children=children), runs
+            )
+            outcomes = list(done)
+            failed = [str(run) for run, of in zip(runs, outcomes, strict=True) if of is None]
+            if failed:
+                raise Failed(f"not finished: {', '.join(failed)}; see log.txt in their folders")
+            return [outcome for outcome in outcomes if outcome is not None]
+
+        outcomes = finish_all(runs)
+        outcomes += finish_all(runs_at_optimum(comparison, path.parent, outcomes))
+    write_results(comparison, outcomes)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,12 @@ class Comparison:
     Attributes:
         title: of the table and the plot.
         recipe: the YAML that every run starts from, relative to the comparison's own file.
-        operations: executed floating-point operations of every run, forward and backward.
+        operations: executed floating-point operations of every run, forward and backward; a list
+            gives every arm and size a run at each.
         arms: name -> overrides of the recipe.
+        sizes: name -> overrides of the recipe, smallest first; every arm is trained at each.
         seeds: of the runs of each arm.
+        optimum_seeds: further seeds of an arm's best size and of the sizes beside it.
         common: overrides of every run.
         points: evaluations of each run, evenly spread.
         about: text below the title of the results.
@@ -37,9 +40,11 @@ class Comparison:
 
     title: str
     recipe: str
-    operations: float
+    operations: float | list[float]
     arms: dict[str, list[str]]
+    sizes: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    optimum_seeds: list[int] = field(default_factory=list)
     common: list[str] = field(default_factory=list)
     points: int = 8
     about: str = ""
@@ -47,8 +52,10 @@ class Comparison:
     results: str = "runs/comparison/results"
 
     def __post_init__(self) -> None:
-        if not 0 < self.operations < math.inf:
+        if not self.budgets or not all(0 < budget < math.inf for budget in self.budgets):
             raise ValueError(f"operations={self.operations}: must be a number above 0")
+        if self.optimum_seeds and not self.sizes:
+            raise ValueError(f"optimum_seeds={self.optimum_seeds}: needs sizes")
         if self.points < 1:
             raise ValueError(f"points={self.points}: must be at least 1")
         if not self.arms:
@@ -56,13 +63,21 @@ class Comparison:
         if not self.seeds:
             raise ValueError("seeds=[]: must hold at least one seed")
         # Runs have a folder by arm and seed: two of one name would write into each other's.
-        for seed in self.seeds:
-            if self.seeds.count(seed) > 1:
-                raise ValueError(f"seeds={self.seeds}: must hold {seed} once")
-        folders = [folder_name(arm) for arm in self.arms]
-        for arm, name in zip(self.arms, folders, strict=True):
-            if folders.count(name) > 1:
-                raise ValueError(f"arms: {arm!r}: {name} must be the folder of one arm only")
+        seeds = [*self.seeds, *self.optimum_seeds]
+        for seed in seeds:
+            if seeds.count(seed) > 1:
+                raise ValueError(f"seeds={seeds}: must hold {seed} once")
+        for key in ("arms", "sizes"):
+            names = [folder_name(name) for name in getattr(self, key)]
+            for name, folder in zip(getattr(self, key), names, strict=True):
+                if names.count(folder) > 1:
+                    raise ValueError(
+                        f"{key}: {name!r}: {folder} must be the folder of one {key[:-1]} only"
+                    )
+
+    @property
+    def budgets(self) -> list[float]:
+        return self.operations if isinstance(self.operations, list) else [self.operations]
 
 
 def load_comparison(path: Path, overrides: list[str]) -> Comparison:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import statistics
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 
 from launch.comparison.config import Comparison
+from launch.comparison.figures import mean_and_deviation
+from launch.comparison.isoflop import isoflop_plot, isoflop_table
 
 
 def write_results(comparison: Comparison, outcomes: list[dict[str, Any]]) -> None:
@@ -28,9 +29,10 @@ def write_results(comparison: Comparison, outcomes: list[dict[str, Any]]) -> Non
         "runs": kept,
     }
     results.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    text = table(comparison, outcomes)
+    make_table, make_plot = (isoflop_table, isoflop_plot) if comparison.sizes else (table, plot)
+    text = make_table(comparison, outcomes)
     results.with_suffix(".md").write_text(text, encoding="utf-8")
-    plot(comparison, outcomes, results.with_suffix(".png"))
+    make_plot(comparison, outcomes, results.with_suffix(".png"))
     print(text)
 
 
@@ -108,13 +110,6 @@ def plot(comparison: Comparison, outcomes: list[dict[str, Any]], path: Path) -> 
     axes.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def mean_and_deviation(values: list[float], form: str = "{:.3f} ± {:.3f}") -> str:
-    """Of one value, a deviation of 0; not a number where a value is none."""
-    known = all(map(math.isfinite, values))
-    deviation = (statistics.stdev(values) if known else math.nan) if len(values) > 1 else 0.0
-    return form.format(statistics.fmean(values), deviation)
 
 
 def _processor() -> str:

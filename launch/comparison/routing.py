@@ -19,7 +19,7 @@ from adaptive.routing.collapse import (
 )
 from adaptive.routing.tape import RoutingTape
 from launch.checkpoint.files import find_checkpoint, load_model
-from launch.comparison.report import mean_and_deviation
+from launch.comparison.figures import mean_and_deviation
 from launch.data.text import TextConfig
 from launch.run.errors import BadInput
 from launch.tasks import Batch

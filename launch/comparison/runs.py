@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -35,12 +37,18 @@ from launch.tasks.registry import make_task
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a comparison: an arm and a seed."""
+    """One run of a comparison: an arm, a size ("" where there is one), a budget and a seed."""
 
     arm: str
+    size: str
+    operations: float
     seed: int
     config: RunConfig
     words: list[str]
+
+    def __str__(self) -> str:
+        size = f" {self.size} at {self.operations:g}" if self.size else ""
+        return f"{self.arm}{size} seed {self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -52,23 +60,73 @@ class Run:
 
 
 def plan_runs(comparison: Comparison, folder: Path) -> list[Run]:
-    """Every arm and seed, with as many steps as the operations allow."""
+    """Every arm, size, budget and seed, with as many steps as the operations allow."""
+    # Seed by seed, and cheap ones first: an interrupted comparison has the same of every arm.
+    return [
+        _plan(comparison, folder, arm, size, operations, seed)
+        for seed in comparison.seeds
+        for operations in comparison.budgets
+        for size in comparison.sizes or [""]
+        for arm in comparison.arms
+    ]
+
+
+def runs_at_optimum(
+    comparison: Comparison, folder: Path, outcomes: list[dict[str, Any]]
+) -> list[Run]:
+    """The further seeds of each arm's best size at each budget, and of the sizes beside it."""
+    sizes = list(comparison.sizes)
+    planned = []
+    for seed in comparison.optimum_seeds:
+        for operations in comparison.budgets:
+            for arm in comparison.arms:
+                known = of_seeds(outcomes, comparison.seeds, arm=arm, operations=operations)
+                best = min(sizes, key=lambda size, known=known: mean_loss(known, size=size))
+                place = sizes.index(best)
+                for size in sizes[max(place - 1, 0) : place + 2]:
+                    planned.append(_plan(comparison, folder, arm, size, operations, seed))
+    return planned
+
+
+def of_seeds(
+    outcomes: list[dict[str, Any]], seeds: list[int], **labels: Any
+) -> list[dict[str, Any]]:
+    """The outcomes of some seeds whose labels (arm, size, operations) are those given."""
+    return [
+        outcome
+        for outcome in outcomes
+        if outcome["seed"] in seeds and all(outcome[key] == labels[key] for key in labels)
+    ]
+
+
+def mean_loss(outcomes: list[dict[str, Any]], **labels: Any) -> float:
+    """Of the outcomes with these labels; a diverged run's is infinite."""
+    losses = [
+        outcome["validation_loss"]
+        for outcome in outcomes
+        if all(outcome[key] == labels[key] for key in labels)
+    ]
+    mean = statistics.fmean(losses)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def _plan(
+    comparison: Comparison, folder: Path, arm: str, size: str, operations: float, seed: int
+) -> Run:
     recipe = folder / comparison.recipe
-    runs = []
-    # Seed by seed: an interrupted comparison has the same seeds of every arm.
-    for seed in comparison.seeds:
-        for arm, overrides in comparison.arms.items():
-            output = Path(comparison.output) / f"{folder_name(arm)}-{seed}"
-            words = [*comparison.common, *overrides, f"train.seed={seed}", f"output={output}"]
-            refuse_empty_values(words)
-            steps = steps_within(load_config(recipe, words), comparison.operations)
-            every = max(steps // comparison.points, 1)
-            words += [f"train.steps={steps}", f"train.evaluate_every={every}"]
-            config = load_config(recipe, words)
-            with announced(f"checking {arm} seed {seed}"):
-                check_run(_beginning(config), ranks=1)
-            runs.append(Run(arm, seed, config, ["--config", str(recipe), *words]))
-    return runs
+    several = len(comparison.budgets) > 1
+    parts = [folder_name(arm), folder_name(size), f"{operations:g}" if several else "", f"{seed}"]
+    output = Path(comparison.output) / "-".join(filter(None, parts))
+    overrides = [*comparison.common, *comparison.sizes.get(size, []), *comparison.arms[arm]]
+    words = [*overrides, f"train.seed={seed}", f"output={output}"]
+    refuse_empty_values(words)
+    steps = steps_within(load_config(recipe, words), operations)
+    every = max(steps // comparison.points, 1)
+    words += [f"train.steps={steps}", f"train.evaluate_every={every}"]
+    run = Run(arm, size, operations, seed, load_config(recipe, words), [])
+    with announced(f"checking {run}"):
+        check_run(_beginning(run.config), ranks=1)
+    return dataclasses.replace(run, words=["--config", str(recipe), *words])
 
 
 def _beginning(config: RunConfig) -> RunConfig:
@@ -103,8 +161,9 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
     if children.ended:
         return None
     outcome = _recorded(run.result)
+    labels = {"arm": run.arm, "size": run.size, "operations": run.operations, "seed": run.seed}
     if isinstance(outcome, dict) and is_same(outcome.get("config"), run.config):
-        return outcome
+        return outcome | labels
     if _holds_another(run):
         try:
             earlier = _set_aside(run.folder)
@@ -112,7 +171,7 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
             print(error, flush=True)
             return None
         print(f"{run.folder}: was trained with another configuration, is now {earlier}", flush=True)
-    print(f"{run.arm} seed {run.seed}: {run.config.train.steps} steps", flush=True)
+    print(f"{run}: {run.config.train.steps} steps", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     begun = time.perf_counter()
@@ -126,8 +185,7 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
     if code or not _is_complete(run):
         return None
     outcome = {
-        "arm": run.arm,
-        "seed": run.seed,
+        **labels,
         "seconds": round(seconds, 1),
         **measure(run),
         "config": run.config.resolved(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from launch.checkpoint.state import RunState
 from launch.compare import main
 from launch.comparison import runs
 from launch.comparison.config import load_comparison
-from launch.comparison.runs import Run, finish, plan_runs
+from launch.comparison.isoflop import isoflop_table
+from launch.comparison.runs import Run, finish, plan_runs, runs_at_optimum
 from launch.run.children import Children
 from launch.run.config import save_resolved
 from launch.run.errors import BadInput
@@ -73,6 +75,60 @@ def test_arms_get_equal_executed_operations_and_finished_runs_are_kept(
     main([str(comparison)])
     assert "seed 0:" not in capsys.readouterr().out
     assert json.loads((comparison.parent / "results" / "table.json").read_text()) == numbers
+
+
+SIZES = {f"{dim}": [f"model.dim={dim}", "model.num_heads=2"] for dim in (8, 16, 24, 32)}
+SWEEP = ["operations=[5e7, 1e8]", f"sizes={json.dumps(SIZES)}", "optimum_seeds=[7]", "points=1"]
+
+
+def test_a_sweep_repeats_the_best_size_of_every_arm_and_its_neighbours(comparison: Path) -> None:
+    sweep = load_comparison(comparison, SWEEP)
+    planned = plan_runs(sweep, comparison.parent)
+    assert len({run.folder for run in planned}) == len(planned) == 2 * 2 * len(SIZES)
+    steps = {(run.arm, run.size, run.operations): run.config.train.steps for run in planned}
+    assert steps["dense", "8", 1e8] > steps["dense", "16", 1e8] > steps["dense", "16", 5e7]
+    best = {("dense", 5e7): "8", ("dense", 1e8): "16", ("routed", 5e7): "24", ("routed", 1e8): "32"}
+
+    def outcome(run: Run) -> dict[str, Any]:
+        at_best = best[run.arm, run.operations] == run.size
+        loss = math.nan if run.size == "8" and not at_best else 2.0 - at_best - run.seed / 10
+        numbers = {"validation_loss": loss, "validation_loss_training_choice": loss, "seconds": 1.0}
+        numbers |= {"parameters": int(run.size), "steps": 3, "tokens": 30}
+        labels = {"arm": run.arm, "size": run.size, "operations": run.operations, "seed": run.seed}
+        return labels | numbers
+
+    outcomes = [outcome(run) for run in planned]
+    again = runs_at_optimum(sweep, comparison.parent, outcomes)
+    chosen: dict[tuple[str, float], list[str]] = {}
+    for run in again:
+        assert run.seed == 7
+        chosen.setdefault((run.arm, run.operations), []).append(run.size)
+    assert chosen == {
+        ("dense", 5e7): ["8", "16"],
+        ("dense", 1e8): ["8", "16", "24"],
+        ("routed", 5e7): ["16", "24", "32"],
+        ("routed", 1e8): ["24", "32"],
+    }
+    rows = isoflop_table(sweep, outcomes + [outcome(run) for run in again]).splitlines()
+    for (arm, operations), size in best.items():
+        (row,) = [
+            r for r in rows if r.startswith(f"| {operations:.3g} | {arm} | {size} | {size} |")
+        ]
+        # The mean of 1.0 and 0.3.
+        assert "| 0.650 ± 0.495 |" in row
+
+
+@pytest.mark.slow  # eight runs
+def test_a_sweep_writes_its_curves(comparison: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = [*SWEEP, "operations=5e7", f"sizes={json.dumps({k: SIZES[k] for k in ('8', '16')})}"]
+    main([str(comparison), "--jobs", "2", *sweep])
+    results = comparison.parent / "results"
+    runs = json.loads((results / "table.json").read_text())["runs"]
+    assert [run["seed"] for run in runs] == [0] * 4 + [7] * 4
+    assert (results / "table.png").stat().st_size > 1000
+    capsys.readouterr()
+    main([str(comparison), *sweep])
+    assert " seed " not in capsys.readouterr().out
 
 
 def one_arm(comparison: Path, *overrides: str) -> Run:
@@ -213,6 +269,8 @@ def test_a_comparison_that_cannot_run_is_one_line(comparison: Path) -> None:
         ("seeds=[1, 2, 1]", "comparison.seeds=[1, 2, 1]: must hold 1 once"),
         ("arms={}", "comparison.arms={}: must name at least one arm"),
         ("arms={a b: [], a_b: []}", "comparison.arms: 'a b': a_b must be the folder of one arm"),
+        ("optimum_seeds=[3]", "comparison.optimum_seeds=[3]: needs sizes"),
+        ("operations=[1e12, 0]", "comparison.operations=[1000000000000.0, 0.0]: must be a number"),
         ("operations=.nan", "comparison.operations=nan: must be a finite number"),
         ("operations=0", "comparison.operations=0.0: must be a number above 0"),
         ("results=/proc/a/b", "results=/proc/a: /proc cannot be written"),
