@@ -1,7 +1,7 @@
 """Turn one checkpoint into another: `python -m launch.convert METHOD …`.
 
-METHOD is one of acm, distillation, duo, to_transformers, tokenformer, transformers, upcycling;
-`METHOD --help` tells its options.
+METHOD is one of acm, adapt, distillation, duo, to_transformers, tokenformer, transformers,
+upcycling; `METHOD --help` tells its options.
 The source is only read. What becomes a run is its beginning: the last line says how to train it.
 """
 
@@ -16,6 +16,7 @@ from launch.run.errors import OneLineParser, program
 
 METHODS = (
     "acm",
+    "adapt",
     "distillation",
     "duo",
     "to_transformers",
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     method = import_module(f"launch.conversions.{name}")
     parser = OneLineParser(prog=f"python -m launch.convert {name}", description=method.__doc__)
     method.add_options(parser)
-    written = method.convert(parser.parse_args(words[1:]))
+    written = method.convert(parser.parse_intermixed_args(words[1:]))
     print(f"written  {written}")
     if written.parent.name == "checkpoints":
         print(f"continue {how_to_train(written.parent.parent)}")

@@ -41,13 +41,16 @@ from parallel.tensor import replicated
 
 Weight = Literal["raw", "sigmoid", "tanh_norm"]
 PredictorKind = Literal["both", "bce", "mlp", "none"]
-Choice = Literal["router", "random"]
+Choice = Literal["router", "random", "fixed"]
 
 _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "raw": lambda logits: logits,
     "sigmoid": torch.sigmoid,
     "tanh_norm": lambda logits: 0.2 * torch.tanh(logits) + 1,
 }
+
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class MixtureOfDepths(ExactBuffers, RoutedBlock):
@@ -72,7 +75,8 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
             detached hidden states, which leaves the trunk alone; "both": both losses, the MLP
             decides; "none": evaluation uses expert choice, which is **not causal**.
         predictor_coefficient: weight of each predictor loss.
-        choice: "random" chooses tokens at random and keeps everything else: a control.
+        choice: "random" chooses tokens at random, "fixed" by their positions, evenly spread and the
+            same in every sequence; both keep everything else: controls.
         mesh: how the ranks share the model; one rank by default.
 
     Attributes:
@@ -222,6 +226,9 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
                     self.mesh,
                     layout.shard_sizes,
                 )
+            elif self.choice == "fixed":
+                # Multiples of the golden ratio: the k largest fractions are evenly spread.
+                scores_T = (layout.positions.double() * _GOLDEN).frac().to(logits_T)
             selection = expert_choice_packed(gather(scores_T), layout, self.capacity, valid_T)
         return selection.on_shard(layout, self.mesh) if shared else selection
 

@@ -74,7 +74,7 @@ def _convert(options: argparse.Namespace, out: Path) -> Path:
         tokenizer = copy_tokenizer(Path(options.source), out / "tokenizer")
         if tokenizer is not None:
             run = replace(run, data=replace(run.data, tokenizer=tokenizer))
-    return begin_run(run, _distinct(weights, config), output=out, model=config)
+    return begin_run(run, distinct(weights, config), output=out, model=config)
 
 
 def read(source: str) -> tuple[dict[str, Tensor], DecoderConfig, RunConfig | None]:
@@ -95,7 +95,7 @@ def read(source: str) -> tuple[dict[str, Tensor], DecoderConfig, RunConfig | Non
     return weights, whole.config.model, whole.config
 
 
-def _distinct(weights: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+def distinct(weights: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """Tied weights once, as checkpoints have them."""
     return {
         name: tensor

@@ -250,7 +250,21 @@ def test_random_choice_ignores_scores_and_keeps_the_count() -> None:
     assert not torch.equal(masks[0], masks[1])
 
 
-@pytest.mark.parametrize("choice", ["router", "random"])
+def test_fixed_choice_is_even_and_of_positions_alone() -> None:
+    module = routed(CausalMean(16), choice="fixed", capacity=0.25)
+    masks = []
+    for _ in range(2):
+        with RoutingTape() as tape:
+            module(torch.randn(2, 32, 16, dtype=torch.float64))
+        masks.append(tape.records[0].chosen.view(2, 32))
+        assert masks[-1].sum(1).tolist() == [8, 8]
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0][0], masks[0][1])
+    # Multiples of the golden ratio leave gaps of three lengths, two and their sum.
+    assert set(masks[0][0].nonzero().squeeze(1).diff().tolist()) == {2, 3, 5}
+
+
+@pytest.mark.parametrize("choice", ["router", "random", "fixed"])
 def test_recomputation_takes_the_same_decisions_and_records_once(choice: str) -> None:
     module = routed(decoder_layer(), choice=choice)
     hidden = torch.randn(2, 8, 16, dtype=torch.float64, requires_grad=True)
@@ -301,7 +315,7 @@ def test_recomputation_survives_scores_that_differ_by_rounding() -> None:
         ({"capacity": 1.2}, r"capacity=1.2: must be in \(0, 1\]"),
         ({"weight": "softmax"}, "weight='softmax': must be one of raw, sigmoid, tanh_norm"),
         ({"predictor": "mpl"}, "predictor='mpl': must be one of both, bce, mlp, none"),
-        ({"choice": "topk"}, "choice='topk': must be one of router, random"),
+        ({"choice": "topk"}, "choice='topk': must be one of router, random, fixed"),
     ],
 )
 def test_wrong_options_end_in_one_line(options: dict[str, Any], message: str) -> None:
