@@ -5,16 +5,25 @@ Shape legend: B sequences, S tokens of this forward, M columns held, K columns a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
+    Cache,
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+
+
+class HeldKeys(NamedTuple):
+    """Keys and values [B, H, K, head width] of tokens, and their columns int64 [B, K]; -1: none."""
+
+    keys: Tensor
+    values: Tensor
+    columns: Tensor
 
 
 class RoutedCacheLayer(CacheLayerMixin):
@@ -46,6 +55,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.length = 0
         self.ragged = self.incomplete = False
         self._expected: Tensor | None = None
+        self._beside: HeldKeys | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -53,15 +63,21 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.columns = torch.zeros(key_states.shape[0], 0, dtype=torch.long, device=self.device)
         self.is_initialized = True
 
-    def expect(self, columns_BK: Tensor) -> None:
-        """The next `update` brings tokens of these columns; -1 where a row has none."""
-        self._expected = columns_BK
+    def expect(self, columns_BK: Tensor, beside: HeldKeys | None = None) -> None:
+        """The next `update` brings tokens of these columns; -1 where a row has none.
+
+        Args:
+            columns_BK: int64.
+            beside: tokens that it does not bring, and that are held before those.
+        """
+        self._expected, self._beside = columns_BK, beside
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Held and new keys and values, [B, H, M + K, head width], in the order of the text."""
+        """Held and new keys and values, [B, H, M + K, head width], whose columns are `columns`."""
         added_BK, self._expected = self._expected, None
+        beside, self._beside = self._beside, None
         if added_BK is None:
             raise ValueError(
                 f"past_key_values: holds what a routed layer processed of {self.length} tokens, "
@@ -72,10 +88,19 @@ class RoutedCacheLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         assert self.columns is not None
+        if beside is not None:
+            key_states = torch.cat([beside.keys, key_states], 2)
+            value_states = torch.cat([beside.values, value_states], 2)
+            added_BK = torch.cat([beside.columns, added_BK], 1)
         self.keys = torch.cat([self.keys, key_states], 2)
         self.values = torch.cat([self.values, value_states], 2)
         self.columns = torch.cat([self.columns, added_BK], 1)
         return self.keys, self.values
+
+    def hold(self, beside: HeldKeys) -> None:
+        """Keep tokens in a forward in which the layer runs for none."""
+        self.expect(beside.columns)
+        self.update(beside.keys, beside.values)
 
     def advance(self, tokens: int) -> None:
         """The text has so many columns more; what no later token can see is dropped.
@@ -135,7 +160,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         self._keep(0, self.length)
 
     def reset(self) -> None:
-        self.keys = self.values = self.columns = self._expected = None
+        self.keys = self.values = self.columns = self._expected = self._beside = None
         self.is_initialized = self.ragged = self.incomplete = False
         self.length = 0
 
@@ -199,3 +224,33 @@ def routed_cache_layer(cache: Any, layer: int, tokens: int) -> RoutedCacheLayer:
 def _length(layer: Any) -> int | None:
     """Tokens that a place of a cache knows of; None where it keeps none."""
     return layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else None
+
+
+class OneLayer(Cache):
+    """A cache of one layer, whatever number that has: for a forward that gives its keys to it."""
+
+    def __init__(self, place: RoutedCacheLayer) -> None:
+        super().__init__(layers=[place])
+        self.place = place
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.place.update(key_states, value_states, *args, **kwargs)
+
+
+class KeysMade(Exception):  # noqa: N818  (it ends a forward, as StopIteration a loop)
+    """A layer has made the keys and values of its tokens, and is to do no more."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+
+
+class KeysOnly(RoutedCacheLayer):
+    """Ends a layer's forward where its attention has made keys and values."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        raise KeysMade(key_states, value_states)

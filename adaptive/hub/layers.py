@@ -26,9 +26,18 @@ from adaptive.hub.attention import (
     mask_of_chosen,
     token_mask,
 )
-from adaptive.hub.cache import RoutedCacheLayer, routed_cache_layer
+from adaptive.hub.cache import (
+    HeldKeys,
+    KeysMade,
+    KeysOnly,
+    OneLayer,
+    RoutedCacheLayer,
+    routed_cache_layer,
+)
 from adaptive.ops.flop_counter import FlopCounter, Work
+from adaptive.ops.pack import pack
 from adaptive.routing.layout import TokenLayout
+from adaptive.routing.selection import Selection
 
 
 class AdaptedLayer(nn.Module):
@@ -38,8 +47,10 @@ class AdaptedLayer(nn.Module):
         routing: the method's module.
         dense: the layer's class before.
         arguments: what its forward takes.
+        returns_tensor: it is known to return hidden states alone.
     """
 
+    returns_tensor = False
     routing: RoutedBlock
     dense: type[Any]
     arguments: inspect.Signature
@@ -75,11 +86,44 @@ class LayerCall:
         for name, value in self.arguments.items():
             self._refuse_unknown(name, value)
 
-    def chosen(self, layout: TokenLayout) -> dict[str, Any]:
+    def chosen(self, layout: TokenLayout, beside: HeldKeys | None = None) -> dict[str, Any]:
         """The layer's arguments for chosen tokens, in the rows of `to_rows`.
 
         Args:
             layout: of the chosen tokens, positions counted from each row's first valid token.
+            beside: other tokens of this forward, whose keys the chosen ones see.
+        """
+        arguments, columns_BK = self._of(layout)
+        place = self.cache
+        if beside is not None and place is None:
+            place = RoutedCacheLayer()
+            arguments[_cache_argument(self.layer.arguments)] = OneLayer(place)
+        ragged = not (layout.uniform and layout.max_seqlen)
+        arguments["attention_mask"] = self._mask(columns_BK, place, beside, ragged=ragged)
+        return arguments
+
+    def keys_of(self, hidden_RD: Tensor, layout: TokenLayout) -> HeldKeys | None:
+        """Keys and values of tokens for which the layer does not run; None: there are no tokens."""
+        if not layout.max_seqlen:
+            return None
+        arguments, columns_BK = self._of(layout)
+        arguments["attention_mask"] = None
+        arguments[_cache_argument(self.layer.arguments)] = OneLayer(KeysOnly())
+        try:
+            self.layer.dense_forward(to_rows(hidden_RD, layout), **arguments)
+        except KeysMade as made:
+            earlier = 0 if self.cache is None else self.cache.length
+            columns_BK = torch.where(columns_BK >= 0, columns_BK + earlier, -1)
+            return HeldKeys(made.keys, made.values, columns_BK)
+        raise ValueError(
+            f"{self.layer.dense.__name__}: its attention gives no keys to a cache; "
+            "keys must be 'executing'"
+        )
+
+    def _of(self, layout: TokenLayout) -> tuple[dict[str, Any], Tensor]:
+        """The layer's arguments but the mask, and columns int64 [B, K] of this forward; -1: none.
+
+        A layout's positions count from each row's first valid token.
         """
         columns_BK = to_rows(layout.positions[:, None], layout)[..., 0]
         if self.token_mask is not None:
@@ -91,8 +135,7 @@ class LayerCall:
         }
         if filled_BK is not None:
             columns_BK = columns_BK.masked_fill(~filled_BK, -1)
-        arguments["attention_mask"] = self._mask(columns_BK, ragged=filled_BK is not None)
-        return arguments
+        return arguments, columns_BK
 
     def returned(self, hidden_BSD: Tensor) -> Any:
         """What the model expects: as the layer returned it, a tuple or not."""
@@ -100,20 +143,29 @@ class LayerCall:
             self.place.advance(self.hidden.shape[1])
         return hidden_BSD if self.rest is None else (hidden_BSD, *self.rest)
 
-    def _mask(self, columns_BK: Tensor, *, ragged: bool) -> Any:
+    def _mask(
+        self,
+        columns_BK: Tensor,
+        place: RoutedCacheLayer | None,
+        beside: HeldKeys | None,
+        *,
+        ragged: bool,
+    ) -> Any:
+        """What chosen tokens see, of held ones, those beside them and themselves."""
         held, earlier, keys_BN = None, 0, columns_BK
-        if self.cache is not None:
-            held, earlier = self.cache.columns, self.cache.length
+        if place is not None:
+            held, earlier = place.columns, place.length
             keys_BN = torch.where(columns_BK >= 0, columns_BK + earlier, -1)
-            self.cache.expect(keys_BN)
-            ragged = ragged or self.cache.ragged
-            if held is not None:
-                keys_BN = torch.cat([held, keys_BN], 1)
+            place.expect(keys_BN, beside)
+            ragged = ragged or place.ragged
+            before = [] if held is None else [held]
+            before += [] if beside is None else [beside.columns]
+            keys_BN = torch.cat([*before, keys_BN], 1)
         if self.mask is None and self.attention.config._attn_implementation == "sdpa":
-            among_themselves = held is None or not held.shape[1]
+            among_themselves = keys_BN.shape[1] == columns_BK.shape[1]
             if among_themselves and (self.attention.is_causal or not ragged):
                 return None  # rows end with what is no token, which causal order hides
-            if columns_BK.shape[1] == 1 and not ragged:
+            if columns_BK.shape[1] == 1 and not ragged and beside is None:
                 return None
         return mask_of_chosen(
             self.mask,
@@ -183,15 +235,41 @@ class DenseLayer(nn.Module):
     """The layer as a method's module sees it: a block that takes packed tokens.
 
     It holds nothing: weights stay where they were, in the layer itself, which comes with the call.
+
+    Args:
+        takes_queries: the layer gives keys to a cache, so that chosen tokens can see others.
     """
 
     takes_packed = True
 
-    def forward(self, packed_RD: Tensor, *, layout: TokenLayout, call: LayerCall) -> Tensor:
-        output = call.layer.dense_forward(to_rows(packed_RD, layout), **call.chosen(layout))
+    def __init__(self, *, takes_queries: bool) -> None:
+        super().__init__()
+        self.takes_queries = takes_queries
+
+    def forward(
+        self,
+        packed: Tensor,
+        *,
+        layout: TokenLayout,
+        call: LayerCall,
+        queries: Selection | None = None,
+    ) -> Tensor:
+        """Updated tokens [R, D]: all that are packed, or `queries` alone, which see all."""
+        beside = None
+        if queries is not None:
+            others = Selection.from_mask(~queries.mask(packed.shape[0]), layout)
+            beside = call.keys_of(pack(packed, others.indices), others.layout)
+            packed, layout = pack(packed, queries.indices), queries.layout
+        layer = call.layer
+        if not layout.max_seqlen and not torch.is_grad_enabled() and layer.returns_tensor:
+            if beside is not None and call.cache is not None:
+                call.cache.hold(beside)
+            return packed
+        output = layer.dense_forward(to_rows(packed, layout), **call.chosen(layout, beside))
         if isinstance(output, tuple):
             output, *rest = output
             call.rest = tuple(rest)
+        layer.returns_tensor = call.rest is None
         return from_rows(output, layout)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
@@ -266,6 +344,19 @@ def _arguments(dense: type[nn.Module]) -> inspect.Signature:
     """What a layer's forward takes, without self."""
     signature = inspect.signature(dense.forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _cache_argument(arguments: inspect.Signature) -> str:
+    """The argument by which a layer's forward takes a cache; "" if there is none."""
+    return next((name for name in _CACHES if name in arguments.parameters), "")
+
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def takes_queries(layer: nn.Module) -> bool:
+    """Whether chosen tokens of a layer can see tokens for which it does not run."""
+    return bool(_cache_argument(_arguments(type(layer))))
 
 
 def _named(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TypeVar
 
@@ -11,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adaptive.blocks.method import LayerContext, Method, RoutedBlock, methods
-from adaptive.hub.layers import DenseLayer, refuse_layer, route_layer
+from adaptive.hub.exits import EarlyExitConfig, exits_together
+from adaptive.hub.layers import DenseLayer, refuse_layer, route_layer, takes_queries
 from parallel.mesh import Mesh
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -27,7 +30,12 @@ def apply_method(model: M, config: Method) -> M:
     chosen = config.routed_layers(len(stack))
     for index in chosen:
         refuse_layer(stack[index])
-    built = {index: _built(config, _context(model, index, len(stack))) for index in chosen}
+    built = {}
+    for index in chosen:
+        inner = DenseLayer(takes_queries=takes_queries(stack[index]))
+        with _named_by(stack[index]):
+            built[index] = _built(config, _context(model, index, len(stack)), inner)
+    exits_together(built.values())
     for index, routing in built.items():
         route_layer(stack[index], routing)
     return model
@@ -62,7 +70,8 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
 
 def method_named(name: str) -> type[Method]:
     """A method that can be put into other people's models, by its name."""
-    served = {method.name: method for method in methods("layer")}
+    kinds: tuple[type[Method], ...] = (*methods("layer"), EarlyExitConfig)
+    served = {method.name: method for method in kinds}
     if name not in served:
         known = [method.name for method in methods()]
         what = "does not wrap whole layers" if name in known else "is no method"
@@ -78,7 +87,16 @@ def layers_field(kind: type[Method]) -> str:
     raise ValueError(f"layers: {kind.name} takes none; it changes every layer")
 
 
-def _built(config: Method, context: LayerContext) -> RoutedBlock:
+@contextmanager
+def _named_by(layer: nn.Module) -> Iterator[None]:
+    """Refusals inside begin with the layer's class; so does what a method would do instead."""
+    try:
+        yield
+    except (UserWarning, ValueError) as refusal:
+        raise ValueError(f"{type(layer).__name__}: {refusal}") from None
+
+
+def _built(config: Method, context: LayerContext, inner: nn.Module) -> RoutedBlock:
     """The method's module for a layer, in float32."""
     before = torch.get_default_dtype()
     # transformers loads under the dtype of the weights, too coarse for what is compared.
@@ -86,9 +104,7 @@ def _built(config: Method, context: LayerContext) -> RoutedBlock:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            routing: RoutedBlock = config.build(context, DenseLayer())
-    except UserWarning as warning:  # what a method would do instead of what was asked
-        raise ValueError(str(warning)) from None
+            routing: RoutedBlock = config.build(context, inner)
     finally:
         torch.set_default_dtype(before)
     return routing

@@ -43,6 +43,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+DEPTHS: list[tuple[str, dict[str, Any]]] = [
+    ("mixture_of_depths", {"capacity": 0.5}),
+    ("skip_layer", {}),
+    ("skip_layer", {"keys": "all"}),
+    ("early_exit", {}),
+    ("early_exit", {"keys": "all"}),
+]
+"""Methods that choose tokens for whole layers, and their options."""
+
+
 def tiny(family: str, attention: str = "sdpa", *, seed: int = 0, **options: Any) -> Any:
     """Four tiny layers."""
     torch.manual_seed(seed)

@@ -12,12 +12,8 @@ from transformers import DynamicCache, StaticCache
 from adaptive import RoutingTape
 from adaptive.hub import adapt
 from adaptive.hub.cache import RoutedCacheLayer
-from tests.adaptive.hub.families import FAMILIES, some_ids, tiny, trained
+from tests.adaptive.hub.families import DEPTHS, FAMILIES, some_ids, tiny, trained
 
-METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("mixture_of_depths", {"capacity": 0.5}),
-    ("skip_layer", {}),
-]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 0, "num_return_sequences": 2},
@@ -35,14 +31,15 @@ def padded_prompts() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-@pytest.mark.parametrize(("method", "options"), METHODS)
+@pytest.mark.parametrize(("method", "options"), DEPTHS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_a_cache_it_says_what_it_says_without(
     family: str, method: str, options: dict[str, Any]
 ) -> None:
     """Prompts of two lengths, padded on the left; the text outgrows every window."""
     model = routed(family, method, options, "eager" if family == "Gemma2" else "sdpa")
-    for way in WAYS.values():
+    known = (method, options) in DEPTHS[:2]  # the others differ in what they hold, not in how
+    for way in WAYS.values() if known else [WAYS["greedy"]]:
         said = []
         for use_cache in (False, True):
             torch.manual_seed(3)
@@ -108,6 +105,23 @@ def test_what_was_chosen_by_later_tokens_is_no_text_to_continue() -> None:
         cache = model.train(training)(ids[:, :6], use_cache=True).past_key_values
         with pytest.raises(ValueError, match="use_cache=False"):
             model(ids[:, 6:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_what_left_costs_no_layer_above_its_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapt(tiny("Llama"), "early_exit", layers=[2])
+    model.model.layers[2].routing.router.bias[1] = -1.0  # from now on, everybody leaves
+    ran = []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    out = model(some_ids(2, 5), use_cache=True)
+    assert ran == [0, 1, 2, 3]  # what a layer returns has to be seen once
+    ran.clear()
+    out = model(some_ids(2, 1), past_key_values=out.past_key_values)
+    assert ran == [0, 1]
+    states = model(some_ids(2, 5), output_hidden_states=True).hidden_states
+    assert states[2].equal(states[3])
+    assert out.past_key_values.get_seq_length(3) == 6
 
 
 def test_prompt_lookup_takes_back_what_it_guessed_wrong() -> None:

@@ -45,8 +45,9 @@ def test_a_fresh_process_says_the_same(tmp_path: Path) -> None:
     folders = []
     for family in FAMILIES:
         model = tiny(family)
-        adapt(model, "skip_layer", layers=[0], schedule={"temperature": 2.0})
-        trained(adapt(model, "mixture_of_depths", layers=[1, 3], capacity=0.5))
+        adapt(model, "skip_layer", layers=[0], keys="all", schedule={"temperature": 2.0})
+        adapt(model, "mixture_of_depths", layers=[1], capacity=0.5)
+        trained(adapt(model, "early_exit", layers=[2, 3]))
         model.get_submodule(_layers(model) + ".1.routing").threshold.fill_(0.123456789)
         folder = tmp_path / family
         model.save_pretrained(folder, max_shard_size="20KB")

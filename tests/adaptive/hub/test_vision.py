@@ -15,6 +15,7 @@ from tests.adaptive.hub.families import trained
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("mixture_of_depths", {"capacity": 0.5}),
     ("skip_layer", {}),
+    ("early_exit", {}),
 ]
 
 
@@ -46,6 +47,9 @@ def test_chosen_tokens_see_the_chosen_and_nothing_else(
     dense = model(pictures).logits
     same = adapt(tiny(family, attention), "mixture_of_depths", layers="all", capacity=1.0)
     torch.testing.assert_close(same(pictures).logits, dense)
+    if method != "mixture_of_depths":
+        with pytest.raises(ValueError, match=f"{family}Layer: keys='all': "):
+            adapt(model, method, layers=[0], keys="all")
     trained(adapt(model, method, layers=[0, 2], **options))
     with RoutingTape(model) as tape:
         logits = model(pictures).logits
