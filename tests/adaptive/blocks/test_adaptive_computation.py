@@ -44,7 +44,7 @@ def written_out(module: AdaptiveComputationModule, x_TD: Tensor, counts_T: Tenso
     return torch.stack(rows)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, N), min_size=6, max_size=6))
 def test_update_and_every_gradient_are_the_formula(counts: list[int]) -> None:
     module = rows_of_learners().eval()

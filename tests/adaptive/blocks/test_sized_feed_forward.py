@@ -51,7 +51,7 @@ def written_out(module: SizedFeedForward, x_TD: Tensor, paths_T: Tensor) -> Tens
 paths = st.lists(st.integers(0, 2), min_size=8, max_size=8)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(paths)
 def test_update_and_every_gradient_are_the_formula(path_list: list[int]) -> None:
     module = sized().eval()

@@ -26,7 +26,7 @@ from tests.adaptive.blocks.skip_layers import (
 masks = st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(masks, st.booleans())
 def test_output_and_every_gradient_are_the_dense_formula(
     mask: list[list[bool]], exact: bool
@@ -57,7 +57,7 @@ def check_against_dense_formula(executes_BS: Tensor, exact: bool) -> None:
     assert torch.equal(got[~executes_BS], hidden[~executes_BS])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(masks, st.integers(0, 2**32 - 1), st.booleans())
 def test_gradients_with_padding_are_the_dense_formula_of_the_valid_tokens(
     mask: list[list[bool]], seed: int, exact: bool

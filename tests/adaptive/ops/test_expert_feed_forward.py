@@ -144,7 +144,7 @@ def test_without_weights_pairs_are_summed() -> None:
     torch.testing.assert_close(out, computed(given, "swiglu", None))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 9), st.integers(1, 3), st.integers(0, 2**31), st.booleans())
 def test_unpermute_undoes_permute(tokens: int, top_k: int, seed: int, some: bool) -> None:
     torch.manual_seed(seed)

@@ -21,7 +21,7 @@ def test_gradients_match_finite_differences(rows: list[int], weighted: bool) -> 
     assert torch.autograd.gradcheck(combine, (hidden, update, indices, weights))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=12), seed=st.integers(0, 99))
 def test_combine_is_the_masked_dense_formula_and_leaves_other_rows_bit_for_bit(
     mask: list[bool], seed: int

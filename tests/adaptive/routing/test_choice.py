@@ -31,7 +31,7 @@ scores_lists = st.integers(1, 9).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=scores_lists, data=st.data())
 def test_exactly_k_under_ties(rows: list[list[float]], data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, len(rows[0])))
@@ -43,7 +43,7 @@ def test_exactly_k_under_ties(rows: list[list[float]], data: st.DataObject) -> N
     assert selection.cu_seqlens.dtype == torch.int32
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=scores_lists, data=st.data())
 def test_padding_is_never_chosen(rows: list[list[float]], data: st.DataObject) -> None:
     valid = [[data.draw(st.booleans()) for _ in row] for row in rows]

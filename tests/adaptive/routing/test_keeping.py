@@ -91,7 +91,7 @@ def test_a_bad_request_is_refused_in_one_line(options: dict, message: str) -> No
         draw_keep_ids(2, **options)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(sum),
     st.sampled_from(SHARES),

@@ -29,7 +29,7 @@ def pairs_by_expert(assignment: Assignment) -> list[list[int]]:
     return [part.tolist() for part in parts]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 20), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
 def test_every_token_reaches_its_best_experts_and_nothing_is_dropped(
     tokens: int, experts: int, top_k: int, seed: int
