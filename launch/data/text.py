@@ -40,7 +40,7 @@ from launch.run.plain_data import read_json
 from launch.run.terminal import announced
 from launch.tasks import row_generator
 
-_SHARES = 30  # of documents that are tried until both splits have a row
+_SHARES = 30  # that are tried until both splits have a row
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,12 @@ class Source:
             share = self._larger_share(train, validation, wanted.held_out)
             if share is None:
                 return train, validation
+            if share >= 1:
+                break
             wanted = replace(wanted, held_out=share, ends=True)
         raise BadInput(
-            f"data.path={config.path}: its {len(train.ends):,} documents are too short to hold out "
-            f"the ends of with data.seq_len={config.seq_len}: give more text, or a smaller "
-            "data.seq_len"
+            f"data.path={config.path}: no share of its {len(train.ends):,} documents leaves a row "
+            f"of data.seq_len={config.seq_len} to train on and one to validate: give more of them"
         )
 
     def _needed(self) -> tuple[int, int]:
@@ -218,7 +219,7 @@ class Source:
             return None
         # Half of what is left over goes to each.
         wanted = (needed[1] + (total - sum(needed)) / 2 * 0.1) / max(total, 1)
-        if total < sum(needed) or share >= wanted >= 0.5 or share > 0.9:
+        if total < sum(needed):
             raise BadInput(
                 f"data.path={self.config.path}: {total} tokens in all, must be at least "
                 f"{sum(needed)} with data.seq_len={self.config.seq_len}: give more text, or a "

@@ -105,6 +105,25 @@ def test_of_few_rows_the_end_of_each_is_held_out(
     assert bytes(data.validation) == "".join(last + "\0" for _, last in halves).encode()
 
 
+@pytest.mark.parametrize(
+    ("texts", "options"),
+    [
+        # Whole conversations are held out, and there is but one.
+        (["b" * 400], {"conversations": True, "packing": "documents", "seq_len": 512}),
+        # As many bytes as two rows, in characters of four.
+        (["\U0001f600" * 5, "\U0001f600"], {"seq_len": 8}),
+    ],
+)
+def test_text_that_cannot_be_divided_is_one_line(
+    tmp_path: Path, texts: list[str], options: dict[str, Any]
+) -> None:
+    rows = [{"text": text, "prompt": "a", "response": text} for text in texts]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadInput, match=rf"no share of its {len(texts)} documents leaves a row"):
+        corpus(tmp_path, path=str(file), **options)
+
+
 def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"text number {n} " * 20, "id": n}) for n in range(50)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
