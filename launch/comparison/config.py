@@ -70,6 +70,8 @@ class Comparison:
         for key in ("arms", "sizes"):
             names = [folder_name(name) for name in getattr(self, key)]
             for name, folder in zip(getattr(self, key), names, strict=True):
+                if Path(folder).name != folder:
+                    raise ValueError(f"{key}: {name!r}: must name a folder: no / in it")
                 if names.count(folder) > 1:
                     raise ValueError(
                         f"{key}: {name!r}: {folder} must be the folder of one {key[:-1]} only"

@@ -268,6 +268,7 @@ def test_a_comparison_that_cannot_run_is_one_line(comparison: Path) -> None:
         ("seeds=[]", "comparison.seeds=[]: must hold at least one seed"),
         ("seeds=[1, 2, 1]", "comparison.seeds=[1, 2, 1]: must hold 1 once"),
         ("arms={}", "comparison.arms={}: must name at least one arm"),
+        ("arms={a: [], ../a: []}", "comparison.arms: '../a': must name a folder: no / in it"),
         ("arms={a b: [], a_b: []}", "comparison.arms: 'a b': a_b must be the folder of one arm"),
         ("optimum_seeds=[3]", "comparison.optimum_seeds=[3]: needs sizes"),
         ("operations=[1e12, 0]", "comparison.operations=[1000000000000.0, 0.0]: must be a number"),
