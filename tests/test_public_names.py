@@ -1,7 +1,9 @@
 """The names and signatures that users rely on: docs/architecture.md, "Public names"."""
 
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +88,9 @@ def test_signatures_are_as_documented(
 
 
 def test_every_public_name_exists_and_is_documented() -> None:
+    page = Path(__file__).parents[1] / "docs" / "architecture.md"
+    (listed,) = re.findall(r"from adaptive import \((.*?)\)", page.read_text(), re.DOTALL)
+    assert sorted(re.findall(r"\w+", listed)) == adaptive.__all__
     for name in adaptive.__all__:
         assert inspect.getdoc(getattr(adaptive, name)), name
     for function in (executed_flops, planned_flops, grow, check_parity, RoutingTape):
