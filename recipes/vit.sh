@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train the recipe of this script's name: every GPU of the node, or 2 ranks on the CPU.
-#   recipes/mod_lm.sh [--ranks N] [--hostfile FILE] [section.key=value …]
+#   recipes/vit.sh [--ranks N] [--hostfile FILE] [section.key=value …]
 # PYTHON names the interpreter; by default .venv's, else python3.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -10,7 +10,7 @@ import pytest
 from launch.run.config import load_config
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -34,17 +34,21 @@ def test_programs_recipes_and_tests_exist(page: Path) -> None:
         assert f"def {test}(" in tests, f"{page.name} names {test}"
 
 
-STARTS = r"(\S+/python |python )?-m launch\.\w+ |make train|adaptive [a-z]+ |recipes/\w+\.sh"
+STARTS = (
+    r"(\w+=\S+ )*(\S*python |-m (launch|tests)\b|make [a-z]|adaptive (-|[a-z])"
+    r"|deepspeed (--|launch)|recipes/\w+\.sh|pip install |pre-commit |pytest\b)"
+)
 # What stands for nothing that is there.
 PLACEHOLDERS = r"\[--.*|section\.key=value|…|--num_gpus N"
 
 
 def commands(page: Path) -> list[str]:
     """Lines of a page's blocks, and what stands between backquotes, that begin as commands do."""
-    text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    # What ends one block would begin the next, were only blocks of commands looked for.
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     rest = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for kind, block in blocks if kind in ("", "bash") for line in block.splitlines()]
     lines += [line.strip() for line in rest.splitlines() if line.startswith("    ")]
     lines += [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", rest)]
     lines = [re.sub(rf"\s+#.*$|{PLACEHOLDERS}", "", line).strip() for line in lines]
@@ -73,7 +77,7 @@ def test_words_of_every_command_are_understood(
             continue
         if first == "adaptive":
             program = words[0]
-        elif "-m" in words:
+        elif "-m" in words and words[1].startswith("launch."):
             program, words = words[1].removeprefix("launch."), words[1:]
         else:
             continue
