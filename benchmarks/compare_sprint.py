@@ -18,6 +18,7 @@ Finished runs are kept in --output and not repeated.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -38,7 +39,7 @@ from measure import machine
 from adaptive.flops import planned_flops
 from adaptive.models import DiffusionTransformer
 from launch.data.images import ImageData
-from launch.generation.images import draw_samples, load_diffusion, sampling_config
+from launch.generation.images import draw_samples, load_diffusion
 from launch.generation.quality import Judge
 from launch.run.config import load_config
 from launch.run.finished import unfinished
@@ -121,10 +122,8 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
         labels = torch.arange(options.samples) % 10
         guided = ["classifier_free"] + ([] if name == "dense path" else ["path_drop"])
         for guidance in guided:
-            given = argparse.Namespace(
-                interval=None, sampler=None, steps=None, guidance=guidance, scale=None
-            )
-            samples = draw_samples(model, labels, sampling_config(saved, given), seed=seed)
+            sampling = dataclasses.replace(saved.sampling, guidance=guidance)
+            samples = draw_samples(model, labels, sampling, seed=seed)
             row[guidance] = judge.of_samples(samples.images, labels)
         return row
 
