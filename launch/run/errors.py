@@ -104,6 +104,8 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args(self._with_hyphens(args), namespace)
 
     def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers is not None:  # argparse mixes no words of these
+            return self.parse_known_args(args, namespace)
         return super().parse_known_intermixed_args(self._with_hyphens(args), namespace)
 
     def _with_hyphens(self, words: Sequence[str] | None) -> list[str]:
