@@ -53,6 +53,11 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
+def update_weights(weight: Weight, logits: Tensor) -> Tensor:
+    """What multiplies the updates of chosen tokens, of their router logits."""
+    return _WEIGHTS[weight](logits)
+
+
 class MixtureOfDepths(ExactBuffers, RoutedBlock):
     """Routes a share of every sequence's tokens through `block`; the others skip it.
 
@@ -149,7 +154,7 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         logits_T = self.router(routed_TD).squeeze(-1)
         causal_logits_T = self._causal_logits(routed_TD, logits_T)
         selection = decide(lambda: self._choose(logits_T, causal_logits_T, layout, valid_T))
-        weights_R = _WEIGHTS[self.weight](pack(logits_T, selection.indices))
+        weights_R = update_weights(self.weight, pack(logits_T, selection.indices))
         selection = selection.with_weights(weights_R)
         packed_RD = pack(hidden_TD, selection.indices)
         update_RD = self._update(packed_RD, selection, inner_kwargs)

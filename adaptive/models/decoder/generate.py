@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from adaptive.blocks.protocol import RoutedBlock
 from adaptive.flops import FlopCounter, Work, records_by_module
+from adaptive.models.decoder.batch import Batch, Pass
 from adaptive.models.decoder.cache import Cache
+from adaptive.models.decoder.inference import Choice, Inference
 from adaptive.models.decoder.model import Decoder
 from adaptive.routing.tape import RoutingRecord, RoutingTape
 
@@ -65,9 +67,9 @@ class Sampling:
 
     def draw(self, logits_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """int64 [B]: one token for each sequence."""
-        probability_BV = self.probabilities(logits_BV)
         if self.temperature == 0:
-            return probability_BV.argmax(1)
+            return logits_BV.argmax(1)
+        probability_BV = self.probabilities(logits_BV)
         return torch.multinomial(probability_BV, 1, generator=generator).squeeze(1)
 
 
@@ -89,28 +91,42 @@ class Generation:
     layers: list[list[int]]
     always: int
     key_values: Cache | None
-    _records: list[RoutingRecord] = field(default_factory=list)
-    _new: list[Tensor] = field(default_factory=list)
-    _keys: list[Tensor] = field(default_factory=list)
+    _records: list[RoutingRecord | Choice] = field(default_factory=list)
+    _new: list[Sequence[int]] = field(default_factory=list)
+    _keys: list[Sequence[int]] = field(default_factory=list)
     _logits: int = 0
 
     def executed_flops(self, model: Decoder) -> float:
         """Operations of all forwards so far; logits were computed of last tokens only."""
-        counter = FlopCounter(records_by_module(model, self._records))
-        tokens = torch.cat(self._new).double()
-        work = Work(tokens, tokens, torch.cat(self._keys).double())
-        model.count_layers(counter, work)
-        counter(model.output, Work.dense(1, self._logits))
-        return float(counter.total().forward)
+        records = [r.record() if isinstance(r, Choice) else r for r in self._records]
+        told = {record.name for record in records}
+        # Inside a layer that skipped every token, nothing ran.
+        records += [
+            RoutingRecord(name=name, kind=module.kind, tokens=0, executed=0)
+            for name, module in model.named_modules()
+            if isinstance(module, RoutedBlock) and name not in told
+        ]
+        return self._operations(model, FlopCounter(records_by_module(model, records)))
 
     def nominal_flops(self, model: Decoder) -> float:
         """Operations of a dense model that generates the same tokens with a cache."""
-        counter = FlopCounter(nominal=True)
-        tokens = torch.cat(self._new).double()
-        work = Work(tokens, tokens, torch.cat(self._keys).double())
-        model.count_layers(counter, work)
+        return self._operations(model, FlopCounter(nominal=True))
+
+    def _operations(self, model: Decoder, counter: FlopCounter) -> float:
+        new, keys = (
+            torch.tensor([n for step in steps for n in step], dtype=torch.float64)
+            for steps in (self._new, self._keys)
+        )
+        model.count_layers(counter, Work(new, new, keys))
         counter(model.output, Work.dense(1, self._logits))
         return float(counter.total().forward)
+
+    def _note(self, model: Decoder, rows: Sequence[int], done: Pass) -> None:
+        """Count a pass of the given sequences."""
+        _count_layers(model, self, rows, done)
+        self._records += done.records
+        self._new.append(done.lengths)
+        self._keys.append(done.keys)
 
 
 def generate(
@@ -123,6 +139,7 @@ def generate(
     vocab_size: int | None = None,
     cached: bool = True,
     end: int | None = None,
+    inference: Inference | None = None,
 ) -> Iterator[Generation]:
     """Continue prompts of any lengths together; yields after every token, the same object.
 
@@ -139,6 +156,7 @@ def generate(
         cached: False computes the whole prefix at every step, which is what a model that does not
             route causally needs (see `non_causal_layers`).
         end: the token that ends a text: a sequence that draws it rests from then on; None: none.
+        inference: of the model, made before; None: made here.
 
     Raises:
         ValueError: an empty prompt, or one longer than the model's `max_seq_len`; a model that
@@ -147,23 +165,36 @@ def generate(
     check_whole(model)
     check_prompts(model, prompts)
     sampling = Sampling() if sampling is None else sampling
-    cache = Cache(model, len(prompts)) if cached else None
+    batch = None
+    if cached:
+        batch = Batch(Inference(model, rows=len(prompts)) if inference is None else inference)
     made = Generation(
         [list(prompt) for prompt in prompts],
         [[] for _ in prompts],
         [[] for _ in prompts],
         len(model.layers),
-        cache,
+        None if batch is None else batch.cache,
     )
+    going: list[int] = list(range(len(prompts)))
     for _ in range(max_new_tokens):
-        going = unfinished_sequences(model, made.prompts, made.tokens)
-        going = [index for index in going if end is None or made.tokens[index][-1:] != [end]]
+        before, going = (
+            going,
+            [
+                index
+                for index in unfinished_sequences(model, made.prompts, made.tokens)
+                if end is None or made.tokens[index][-1:] != [end]
+            ],
+        )
         if not going:
             return
         # `no_grad` must not stay entered while the caller has control.
         with torch.no_grad():
-            logits_GV = _next_logits(model, made, going)[:, :vocab_size]
-            drawn = sampling.draw(logits_GV, generator).tolist()
+            if batch is None:
+                logits_GV = _whole_prefixes(model, made, going)
+            else:
+                logits_GV = _next_logits(model, made, batch, before, going)
+            made._logits += len(going)
+            drawn = sampling.draw(logits_GV[:, :vocab_size], generator).tolist()
         for sequence, token in zip(going, drawn, strict=True):
             made.tokens[sequence].append(token)
         yield made
@@ -205,48 +236,62 @@ def non_causal_layers(model: nn.Module) -> list[str]:
     return [name for name, module in routed if not module.causal]
 
 
-def _next_logits(model: Decoder, made: Generation, going: Sequence[int]) -> Tensor:
-    """Logits of the token after the last of each of G sequences, [G, V]; the others wait."""
+def _next_logits(
+    model: Decoder, made: Generation, batch: Batch, before: Sequence[int], going: Sequence[int]
+) -> Tensor:
+    """Logits of the token after the last of each of G sequences, [G, V]."""
+
+    rows = range(len(made.prompts)) if model.stack is not None else going
+
+    def note(done: Pass) -> None:
+        made._note(model, rows, done)
+
+    if not made._new:
+        return batch.begin(made.prompts, note)
+    if model.stack is None:
+        batch.stay([before.index(index) for index in going])
+    # A model of segments keeps those that have ended: their rows lie in one table.
+    return batch.step([made.tokens[row][-1] if row in going else None for row in rows], note)
+
+
+def _whole_prefixes(model: Decoder, made: Generation, going: Sequence[int]) -> Tensor:
+    """The same without a cache: everything is computed anew."""
     device = model.embedding.weight.device
-    rows = [prompt + tokens for prompt, tokens in zip(made.prompts, made.tokens, strict=True)]
-    fresh = made.key_values is None or not made._new
-    rows = rows if fresh else [row[-1:] for row in rows]
-    rows = [row if index in going else [] for index, row in enumerate(rows)]
-    lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
-    ids_BS = torch.tensor([row + [0] * (width - len(row)) for row in rows]).to(device)
-    ragged = bool((lengths < width).any())
-    mask_BS = (torch.arange(width) < lengths[:, None]).to(device) if ragged else None
+    rows = [made.prompts[index] + made.tokens[index] for index in going]
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
+    ids_GS = torch.tensor([row + [0] * (width - len(row)) for row in rows]).to(device)
+    mask_GS = torch.arange(width) < torch.tensor(lengths)[:, None]
     with RoutingTape(model) as tape:
-        hidden_TD, _ = model.hidden_states(ids_BS, mask_BS, cache=made.key_values)
-    logits_GV = model.output(hidden_TD[(lengths.cumsum(0)[list(going)] - 1).to(device)])
-    if made.key_values is None:
-        for index in going:
-            made.layers[index] = []
-    _count_layers(model, made, tape.records, lengths.tolist())
-    made._records += tape.records
-    made._new.append(lengths)
-    made._keys.append(lengths if made.key_values is None else made.key_values.counts.cpu())
-    made._logits += len(going)
-    return logits_GV
+        hidden_TD, _ = model.hidden_states(ids_GS, mask_GS.to(device))
+    for index in going:
+        made.layers[index] = []
+    made._note(model, going, Pass(lengths, lengths, tape.records))
+    return model.output(hidden_TD[(torch.tensor(lengths).cumsum(0) - 1).to(device)])
 
 
-def _count_layers(
-    model: Decoder, made: Generation, records: Sequence[RoutingRecord], lengths: Sequence[int]
-) -> None:
-    """Add to `made.layers` how many layers computed each token of this step."""
-    computed_T = torch.full((sum(lengths),), len(model.layers))
+def _count_layers(model: Decoder, made: Generation, rows: Sequence[int], done: Pass) -> None:
+    """Add to `made.layers` how many layers computed each token of this pass."""
+    tokens = sum(done.lengths)
+    computed = [len(model.layers)] * tokens
     names = {f"layers.{index}" for index in range(len(model.layers))}
-    routed = set()
-    if model.stack is not None:
-        middle = {f"layers.{index}" for index in range(model.stack.first, model.stack.last)}
-    for record in records:
-        if record.name == "stack" and record.chosen is not None:
-            computed_T -= len(middle) * (~record.chosen).long().cpu()
-            routed |= middle
-        if record.name in names and record.chosen is not None and record.chosen.dim() == 1:
-            computed_T -= (~record.chosen).long().cpu()
-            routed.add(record.name)
+    routed: set[str] = set()
+    for record in done.records:
+        name = record.module[0] if isinstance(record, Choice) else record.name
+        chosen = record.chosen
+        if isinstance(chosen, Tensor):
+            chosen = chosen.tolist() if chosen.dim() == 1 else None
+        if chosen is None:
+            continue
+        inside = {name} & names
+        if name == "stack" and model.stack is not None:
+            inside = {f"layers.{index}" for index in range(model.stack.first, model.stack.last)}
+        if inside:
+            routed |= inside
+            fewer = len(inside)
+            computed = [n if c else n - fewer for n, c in zip(computed, chosen, strict=True)]
     made.always = len(names) - len(routed)
-    for layers, counts in zip(made.layers, computed_T.split(list(lengths)), strict=True):
-        layers += counts.tolist()
+    start = 0
+    for index, count in zip(rows, done.lengths, strict=True):
+        made.layers[index] += computed[start : start + count]
+        start += count
