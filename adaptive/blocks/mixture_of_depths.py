@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.blocks.protocol import LayerContext, Method, RoutedBlock
-from adaptive.blocks.wrapping import flatten_tokens, refuse_cache, run_block, without_padding
+from adaptive.blocks.wrapping import (
+    flatten_tokens,
+    held_keys,
+    refuse_cache,
+    run_block,
+    without_padding,
+)
 from adaptive.ops.exact_buffers import ExactBuffers
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import combine, pack
@@ -161,7 +167,7 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         out_TD = combine(hidden_TD, update_RD, selection.indices, weights_R)
         tape = current_tape()
         if tape is not None:
-            held_B = getattr(inner_kwargs.get("cache"), "lengths", None)
+            held_B = held_keys(inner_kwargs)
             self._record(tape, selection, logits_T, causal_logits_T, valid_T, held_B)
         return out_TD.view_as(hidden)
 

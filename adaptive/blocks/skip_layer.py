@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.blocks.protocol import LayerContext, Method, RoutedBlock
-from adaptive.blocks.wrapping import flatten_tokens, refuse_cache, run_block
+from adaptive.blocks.wrapping import flatten_tokens, held_keys, refuse_cache, run_block
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import combine, pack
 from adaptive.routing.density import DensityControl, DensityController, Target
@@ -248,7 +248,7 @@ class SkipLayer(RoutedBlock):
 
         tape = current_tape()
         if tape is not None:
-            held_B = getattr(kwargs.get("cache"), "lengths", None)
+            held_B = held_keys(kwargs)
             self._record(tape, executing, gates_T, router_logits_T2, noise_T2, valid, held_B)
         if self.granularity == "attention":
             out_TD = _feed_forward(self.block, out_TD, layout)

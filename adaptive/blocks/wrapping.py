@@ -144,6 +144,14 @@ def _version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def held_keys(kwargs: dict[str, Any]) -> Tensor | None:
+    """int64 [B]: keys that each sequence's tokens attended to, where what a wrapper was given for
+    its block holds earlier ones (a `cache`, or the `call` of a layer of transformers); else None.
+    """
+    holder = kwargs.get("call") if kwargs.get("cache") is None else kwargs["cache"]
+    return getattr(holder, "lengths", None)
+
+
 def refuse_cache(block: nn.Module, kwargs: dict[str, Any], layout: TokenLayout) -> None:
     """A cache of `transformers` would hold chosen tokens, and zeros, as if they were the text.
 

@@ -49,8 +49,8 @@ def token_mask(mask: Any, batch_size: int, seq_len: int) -> Tensor | None:
     """bool [B, S]: the tokens of this forward that are no padding: those that see themselves.
 
     Args:
-        mask: what the model made for a layer: None, [B, 1, S, N] bool or additive, or a BlockMask;
-            the last S of the N keys are the tokens of this forward.
+        mask: what the model made for a layer: None, [B, 1, S, N] bool or additive, a BlockMask, or
+            [B, N] of padding; the last S of the N keys are the tokens of this forward.
 
     Raises:
         ValueError: it is of another shape.
@@ -65,6 +65,8 @@ def token_mask(mask: Any, batch_size: int, seq_len: int) -> Tensor | None:
         head = torch.zeros((), dtype=torch.long, device=device)
         key_S = query_S + keys - seq_len
         return mask.mask_mod(row_B1, head, query_S, key_S).expand(batch_size, seq_len)
+    if mask.dim() == 2 and mask.shape[0] == batch_size and mask.shape[1] >= seq_len:
+        return mask[:, mask.shape[1] - seq_len :].bool()
     if mask.dim() != 4 or mask.shape[-2] not in (1, seq_len) or mask.shape[-1] < seq_len:
         raise ValueError(
             f"attention_mask of shape {list(mask.shape)}: must be [{batch_size}, 1, {seq_len}, "

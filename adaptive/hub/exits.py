@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.blocks.method import LayerContext, Method, RoutedBlock
-from adaptive.blocks.wrapping import flatten_tokens, run_block
+from adaptive.blocks.wrapping import flatten_tokens, held_keys, run_block
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import combine, pack
 from adaptive.routing.density import DensityControl, DensityController
@@ -170,7 +170,7 @@ class EarlyExit(RoutedBlock):
         out_TD = combine(hidden_TD, out_RD - packed_RD, staying.indices, gates_R)
         tape = current_tape()
         if tape is not None:
-            self._record(tape, staying, gates_T, valid)
+            self._record(tape, staying, gates_T, valid, held_keys(kwargs))
         return out_TD
 
     def _gates(self, hidden_TD: Tensor, valid: Tensor | None) -> Tensor:
@@ -188,7 +188,12 @@ class EarlyExit(RoutedBlock):
         return straight_through(stays_T, soft_T)
 
     def _record(
-        self, tape: RoutingTape, staying: Selection, gates_T: Tensor, valid: Tensor | None
+        self,
+        tape: RoutingTape,
+        staying: Selection,
+        gates_T: Tensor,
+        valid: Tensor | None,
+        held_B: Tensor | None,
     ) -> None:
         stays_T = chosen = gates_T.detach() > 0
         if valid is not None:
@@ -199,6 +204,7 @@ class EarlyExit(RoutedBlock):
             tokens=gates_T.shape[0],
             executed=staying.tokens,
             executed_lengths=staying.cu_seqlens.diff(),
+            key_lengths=held_B,
             planned_share=self.planned,
             chosen=chosen,
         )

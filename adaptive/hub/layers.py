@@ -34,6 +34,8 @@ from adaptive.hub.cache import (
     RoutedCacheLayer,
     routed_cache_layer,
 )
+from adaptive.hub.calls import arguments_of, cache_argument, named
+from adaptive.hub.replacing import MaskedLayer
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import pack
 from adaptive.routing.layout import TokenLayout
@@ -47,10 +49,10 @@ class AdaptedLayer(nn.Module):
         routing: the method's module.
         dense: the layer's class before.
         arguments: what its forward takes.
-        returns_tensor: it is known to return hidden states alone.
+        returns: what it returns beside hidden states, once seen: None or a tuple of Nones.
     """
 
-    returns_tensor = False
+    returns: Any = ...
     routing: RoutedBlock
     dense: type[Any]
     arguments: inspect.Signature
@@ -64,6 +66,15 @@ class AdaptedLayer(nn.Module):
         """The layer on these tokens, all of them."""
         return super().forward(hidden_BKD, **arguments)
 
+    def count_flops(self, count: FlopCounter, work: Work) -> None:
+        """What the method's module says, the layer's own parts where it runs the block."""
+        blocks = [m for m in self.routing.modules() if isinstance(m, DenseLayer)]
+        for block in blocks:
+            block.counted = [part for n, part in self.named_children() if n != "routing"]
+        count(self.routing, work)
+        for block in blocks:
+            block.counted = []
+
 
 class LayerCall:
     """One call of a layer by its model, and what of it belongs to chosen tokens.
@@ -76,7 +87,7 @@ class LayerCall:
     def __init__(self, layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.layer = layer
         self.attention = attentions(layer)[0]
-        self.arguments = _named(layer.arguments, args, kwargs)
+        self.arguments = named(layer.arguments, args, kwargs)
         self.hidden: Tensor = self.arguments.pop(next(iter(layer.arguments.parameters)))
         self.mask = self.arguments.pop("attention_mask", None)
         self.token_mask = token_mask(self.mask, *self.hidden.shape[:2])
@@ -85,6 +96,12 @@ class LayerCall:
         self.rest: tuple[Any, ...] | None = None
         for name, value in self.arguments.items():
             self._refuse_unknown(name, value)
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """int64 [B]: keys that chosen tokens saw, held ones included; None: there is no cache."""
+        held = None if self.cache is None else self.cache.columns
+        return None if held is None else (held >= 0).sum(1)
 
     def chosen(self, layout: TokenLayout, beside: HeldKeys | None = None) -> dict[str, Any]:
         """The layer's arguments for chosen tokens, in the rows of `to_rows`.
@@ -97,7 +114,7 @@ class LayerCall:
         place = self.cache
         if beside is not None and place is None:
             place = RoutedCacheLayer()
-            arguments[_cache_argument(self.layer.arguments)] = OneLayer(place)
+            arguments[cache_argument(self.layer.arguments)] = OneLayer(place)
         ragged = not (layout.uniform and layout.max_seqlen)
         arguments["attention_mask"] = self._mask(columns_BK, place, beside, ragged=ragged)
         return arguments
@@ -108,7 +125,7 @@ class LayerCall:
             return None
         arguments, columns_BK = self._of(layout)
         arguments["attention_mask"] = None
-        arguments[_cache_argument(self.layer.arguments)] = OneLayer(KeysOnly())
+        arguments[cache_argument(self.layer.arguments)] = OneLayer(KeysOnly())
         try:
             self.layer.dense_forward(to_rows(hidden_RD, layout), **arguments)
         except KeysMade as made:
@@ -245,6 +262,7 @@ class DenseLayer(nn.Module):
     def __init__(self, *, takes_queries: bool) -> None:
         super().__init__()
         self.takes_queries = takes_queries
+        self.counted: list[nn.Module] = []
 
     def forward(
         self,
@@ -261,7 +279,8 @@ class DenseLayer(nn.Module):
             beside = call.keys_of(pack(packed, others.indices), others.layout)
             packed, layout = pack(packed, queries.indices), queries.layout
         layer = call.layer
-        if not layout.max_seqlen and not torch.is_grad_enabled() and layer.returns_tensor:
+        if not layout.max_seqlen and not torch.is_grad_enabled() and layer.returns is not ...:
+            call.rest = layer.returns
             if beside is not None and call.cache is not None:
                 call.cache.hold(beside)
             return packed
@@ -269,11 +288,14 @@ class DenseLayer(nn.Module):
         if isinstance(output, tuple):
             output, *rest = output
             call.rest = tuple(rest)
-        layer.returns_tensor = call.rest is None
+        if all(part is None for part in call.rest or ()):
+            layer.returns = call.rest
         return from_rows(output, layout)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
-        raise ValueError("DenseLayer: the operations of layers of transformers are not counted")
+        """The parts of the layer that counts, see `AdaptedLayer`."""
+        for part in self.counted:
+            count(part, work)
 
 
 def route_layer(layer: nn.Module, routing: RoutedBlock) -> None:
@@ -295,17 +317,33 @@ def refuse_layer(layer: nn.Module) -> None:
         raise ValueError(f"{type(layer).__name__}: {reason}")
 
 
-def _reason_against(layer: nn.Module) -> str | None:
-    if isinstance(layer, AdaptedLayer):
-        return "is routed already"
+def refuse_changed(layer: nn.Module) -> None:
+    """Raise ValueError where a layer is adapted already, or is not called as its class says."""
+    if isinstance(layer, AdaptedLayer | MaskedLayer):
+        raise ValueError("is routed already")
     if "forward" in vars(layer):
-        return "its forward has been replaced (by accelerate's hooks, a compiler): adapt it before"
+        raise ValueError(
+            "its forward has been replaced (by accelerate's hooks, a compiler): adapt it before"
+        )
+
+
+def refuse_attention(layer: nn.Module) -> None:
+    """Raise ValueError where a layer has not one attention whose structure is known."""
     found = attentions(layer)
     if len(found) != 1:
-        return (
+        raise ValueError(
             f"has {len(found) or 'no'} attention modules with is_causal and config, and needs one, "
             "to be told which of the chosen tokens see which"
         )
+
+
+def _reason_against(layer: nn.Module) -> str | None:
+    try:
+        refuse_changed(layer)
+        refuse_attention(layer)
+    except ValueError as refusal:
+        return str(refusal)
+    (attention,) = attentions(layer)
     for name, module in layer.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ZeroPad2d | nn.modules.RNNBase):
             return f"its {name} ({type(module).__name__}) mixes neighbouring tokens"
@@ -315,13 +353,13 @@ def _reason_against(layer: nn.Module) -> str | None:
     name = mask_by_columns(layer)
     if name is not None:
         return f"its {name} is a mask by columns, and chosen tokens stand in other columns"
-    implementation = found[0].config._attn_implementation
+    implementation = attention.config._attn_implementation
     if implementation not in IMPLEMENTATIONS:
         return (
             f"attn_implementation={implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}, "
             "which can be told which of the chosen tokens see which"
         )
-    arguments = _arguments(type(layer)).parameters
+    arguments = arguments_of(type(layer)).parameters
     parameters = list(arguments.values())
     if not parameters or any(p.kind == p.VAR_POSITIONAL for p in parameters):
         return "its forward does not name what it is given"
@@ -332,7 +370,7 @@ def _reason_against(layer: nn.Module) -> str | None:
 
 def _adapted(dense: type[Any]) -> type[AdaptedLayer]:
     if dense not in _ADAPTED:
-        given = {"dense": dense, "arguments": _arguments(dense)}
+        given = {"dense": dense, "arguments": arguments_of(dense)}
         _ADAPTED[dense] = type(f"Adapted{dense.__name__}", (AdaptedLayer, dense), given)
     return _ADAPTED[dense]
 
@@ -340,31 +378,6 @@ def _adapted(dense: type[Any]) -> type[AdaptedLayer]:
 _ADAPTED: dict[Any, type[AdaptedLayer]] = {}
 
 
-def _arguments(dense: type[nn.Module]) -> inspect.Signature:
-    """What a layer's forward takes, without self."""
-    signature = inspect.signature(dense.forward)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-def _cache_argument(arguments: inspect.Signature) -> str:
-    """The argument by which a layer's forward takes a cache; "" if there is none."""
-    return next((name for name in _CACHES if name in arguments.parameters), "")
-
-
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-
-
 def takes_queries(layer: nn.Module) -> bool:
     """Whether chosen tokens of a layer can see tokens for which it does not run."""
-    return bool(_cache_argument(_arguments(type(layer))))
-
-
-def _named(
-    arguments: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a call by their names, in the order of the forward's."""
-    named: dict[str, Any] = {}
-    for name, value in arguments.bind(*args, **kwargs).arguments.items():
-        variable = arguments.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-        named |= value if variable else {name: value}
-    return named
+    return bool(cache_argument(arguments_of(type(layer))))

@@ -7,6 +7,7 @@ The entry names methods of `METHODS` and their options, nothing else: a folder r
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import transformers
@@ -46,8 +47,8 @@ class AdaptedModel(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        for method in _adaptations(config):
-            apply_method(self, method)
+        for method, new in _adaptations(config):
+            apply_method(self, method, new=new, takes=False)
 
 
 class AdaptiveConfig(PreTrainedConfig):
@@ -66,13 +67,13 @@ class AdaptiveConfig(PreTrainedConfig):
 AutoConfig.register(ENTRY, AdaptiveConfig)
 
 
-def remember(model: PreTrainedModel, method: Method, options: dict[str, Any]) -> None:
+def remember(model: PreTrainedModel, method: Method, *, new: bool = False) -> None:
     """Write into the model's configuration what was done to it, and let it be saved so.
 
     Args:
         model: adapted by now.
         method: the configuration that did it.
-        options: its fields, as a file has them.
+        new: what it put in place of trained weights began as drawn.
     """
     config = model.config
     if not isinstance(config, AdaptedConfig):
@@ -80,7 +81,8 @@ def remember(model: PreTrainedModel, method: Method, options: dict[str, Any]) ->
         setattr(config, ENTRY, entry | {"adaptations": []})
         config.__class__ = _adapted_config(type(config))
         model.__class__ = _adapted_model(type(model))
-    getattr(config, ENTRY)["adaptations"].append({"method": method.name, "options": options})
+    said: dict[str, Any] = {"method": method.name, "options": asdict(method)}
+    getattr(config, ENTRY)["adaptations"].append(said | ({"new_weights": True} if new else {}))
 
 
 def load_adapted(folder: str | os.PathLike[str], **options: Any) -> Any:
@@ -125,13 +127,15 @@ def _entry(entry: Any) -> dict[str, Any]:
     return entry
 
 
-def _adaptations(config: PreTrainedConfig) -> list[Method]:
+def _adaptations(config: PreTrainedConfig) -> list[tuple[Method, bool]]:
+    """The methods, and whether what they put in place of weights is of their own form."""
     found = []
     for adaptation in _entry(getattr(config, ENTRY, None))["adaptations"]:
         if not isinstance(adaptation, dict) or not isinstance(adaptation.get("options"), dict):
             raise ValueError(f"config.json: {ENTRY}.adaptations: must have method and options")
         kind = method_named(str(adaptation.get("method")))
-        found.append(configured(kind, adaptation["options"]))
+        new = adaptation.get("new_weights") is True
+        found.append((configured(kind, adaptation["options"]), new))
     return found
 
 

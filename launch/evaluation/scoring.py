@@ -5,6 +5,8 @@ Shape legend: T packed tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,16 +186,14 @@ class DecoderScorer:
 
 
 class HubScorer:
-    """A model of transformers, adapted or not; rows of a batch are padded on the right.
-
-    Its operations are not counted.
-    """
+    """A model of transformers, adapted or not; rows of a batch are padded on the right."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, device: torch.device) -> None:
         try:
             import transformers
 
-            import adaptive.hub  # noqa: F401  (registers adapted models)
+            import adaptive.hub
+            import adaptive.hub.flops
         except ImportError as error:
             raise BadInput(
                 f"{folder}: needs the package {error.name}: "
@@ -206,12 +206,14 @@ class HubScorer:
         except Exception as error:  # transformers raises anything
             said = " ".join(str(error).split())
             raise BadInput(f"{folder}: cannot be read: {said}") from None
-        self.model = self.model.to(device).eval()
+        self.model.to(device).eval()  # type: ignore[arg-type]
         self.tokenizer = tokenizer
         config = self.model.config.get_text_config()
         self.max_length = int(getattr(config, "max_position_embeddings", None) or 2048)
         self.causal = not non_causal_layers(self.model)
-        self.executed = self.nominal = float("nan")
+        self._count = adaptive.hub.flops.count_model
+        known = adaptive.hub.flops.unknown_operations(self.model) is None
+        self.executed = self.nominal = 0.0 if known else float("nan")
 
     @torch.no_grad()
     def predict(self, windows: Sequence[Window]) -> list[Prediction]:
@@ -223,9 +225,11 @@ class HubScorer:
             ids_BS[row, :length] = torch.tensor(window.ids[:-1])
             mask_BS[row, :length] = 1
         device = self.model.device
-        logits_BSV = self.model(
-            input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False
-        ).logits
+        with RoutingTape(self.model) as tape:
+            logits_BSV = self.model(
+                input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False
+            ).logits
+        self._add(tape, Work.of([len(window.ids) - 1 for window in windows]))
         ends = [len(window.ids) - 1 for window in windows]
         rows = [
             logits_SV[end - window.scored : end]
@@ -236,15 +240,32 @@ class HubScorer:
     def continued(self, prompt: Sequence[int], count: int) -> Iterator[list[int]]:
         ids_1S = torch.tensor([list(prompt)], device=self.model.device)
         end = self.tokenizer.end
-        made = self.model.generate(
-            ids_1S,
-            attention_mask=torch.ones_like(ids_1S),
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-        yield _without_end(made[0, len(prompt) :].tolist(), end)
+        with RoutingTape(self.model) as tape:
+            made = self.model.generate(
+                ids_1S,
+                attention_mask=torch.ones_like(ids_1S),
+                max_new_tokens=count,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+        text = made[0, len(prompt) :].tolist()
+        # The last token is never read; a token's logits are asked for once a forward.
+        tokens = [len(prompt), *[1] * (len(text) - 1)]
+        keys = list(itertools.accumulate(tokens))
+        self._add(tape, Work.of(tokens, keys=keys), logits=Work.dense(1, len(text)))
+        yield _without_end(text, end)
+
+    def _add(self, tape: RoutingTape, work: Work, *, logits: Work | None = None) -> None:
+        """Add operations of forwards on `work`, to what was executed and to the dense model's."""
+        if math.isnan(self.executed):
+            return
+        records = records_by_module(self.model, tape.records)
+        executed, nominal = FlopCounter(records), FlopCounter(nominal=True)
+        for counter in (executed, nominal):
+            self._count(self.model, counter, work, logits=logits)
+        self.executed += float(executed.total().forward)
+        self.nominal += float(nominal.total().forward)
 
 
 def _without_end(ids: list[int], end: int | None) -> list[int]:

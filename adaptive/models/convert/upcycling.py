@@ -82,22 +82,34 @@ def check_upcyclable(config: DecoderConfig, experts: MixtureOfExpertsConfig) -> 
             raise ValueError(
                 f"{method.name}: only a decoder with dense feed-forwards can be upcycled"
             )
+    check_copies(experts, config.ffn_width)
+    if experts.activation != "swiglu":
+        raise ValueError(
+            f"activation={experts.activation}: an upcycled mixture equals the dense model only "
+            "with swiglu, the decoder's"
+        )
+
+
+def check_copies(experts: MixtureOfExpertsConfig, width: int) -> None:
+    """Raise ValueError where experts that are copies would not compute what one does.
+
+    Args:
+        width: of the feed-forward that they are copies of.
+    """
     renormalize = experts.top_k > 1 if experts.renormalize is None else experts.renormalize
     rules = {
         "top_k=1": experts.top_k == 1,
         "renormalize=False": not renormalize,
         f"choice={experts.choice}": experts.choice != "token",
-        f"activation={experts.activation}": experts.activation != "swiglu",
         f"idle_experts={experts.idle_experts}": experts.idle_experts > 0,
         f"shared_experts={experts.shared_experts}": experts.shared_experts > 0,
-        f"ffn_dim={experts.ffn_dim}": experts.ffn_dim not in (None, config.ffn_width),
+        f"ffn_dim={experts.ffn_dim}": experts.ffn_dim not in (None, width),
     }
     for value, wrong in rules.items():
         if wrong:
             raise ValueError(
                 f"{value}: an upcycled mixture equals the dense model only with token choice, "
-                f"top_k of 2 or more, renormalised weights and SwiGLU experts of width "
-                f"{config.ffn_width} alone"
+                f"top_k of 2 or more, renormalised weights and experts of width {width} alone"
             )
 
 

@@ -53,6 +53,13 @@ DEPTHS: list[tuple[str, dict[str, Any]]] = [
 """Methods that choose tokens for whole layers, and their options."""
 
 
+FEED_FORWARDS: list[tuple[str, dict[str, Any]]] = [
+    ("mixture_of_experts", {"num_experts": 3}),
+    ("adaptive_computation", {"num_learners": 2}),
+    ("sized_feed_forward", {"small_ffn_dim": 5}),
+]
+
+
 def tiny(family: str, attention: str = "sdpa", *, seed: int = 0, **options: Any) -> Any:
     """Four tiny layers."""
     torch.manual_seed(seed)

@@ -259,7 +259,7 @@ def test_what_cannot_be_served_is_refused_in_one_line_and_left_as_it_was() -> No
         (lambda: tiny("Llama"), "skip_layer", {"layers": [4]}, r"layers=\[4\]"),
         (lambda: tiny("Llama"), "skip_layer", {"depth": 1}, "depth: skip_layer has no such option"),
         (lambda: tiny("Llama"), "mixture_of_dephts", {}, "is no method; must be one of"),
-        (lambda: tiny("Llama"), "pattention", {}, "does not wrap whole layers; must be one of"),
+        (lambda: tiny("Llama"), "token_merging", {}, "runs no layers of transformers; must be one"),
     ]
     for make, method, options, message in cases:
         model = make()

@@ -42,15 +42,23 @@ print("the same")
 @torch.no_grad()
 def test_a_fresh_process_says_the_same(tmp_path: Path) -> None:
     """Sharded, experts included; who does not know us refuses it rather than load it dense."""
-    folders = []
+    models = {}
     for family in FAMILIES:
-        model = tiny(family)
+        model = models[family] = tiny(family)
         adapt(model, "skip_layer", layers=[0], keys="all", schedule={"temperature": 2.0})
         adapt(model, "mixture_of_depths", layers=[1], capacity=0.5)
         trained(adapt(model, "early_exit", layers=[2, 3]))
         model.get_submodule(_layers(model) + ".1.routing").threshold.fill_(0.123456789)
-        folder = tmp_path / family
-        model.save_pretrained(folder, max_shard_size="20KB")
+    models["Llama-experts"] = adapt(tiny("Llama"), "mixture_of_experts", num_experts=3)
+    adapt(model := tiny("GPT2"), "mixture_of_experts", layers=[0], num_experts=3)
+    adapt(model, "mixture_of_experts", layers=[1], num_experts=3, new_weights=True)
+    adapt(model, "adaptive_computation", layers=[2], num_learners=2)
+    models["GPT2-units"] = adapt(model, "sized_feed_forward", layers=[3])
+    models["Phi3-parameters"] = adapt(tiny("Phi3"), "pattention", tokens=7, ffn_tokens=9)
+    folders = []
+    for name, model in models.items():
+        folder = tmp_path / name
+        trained(model).save_pretrained(folder, max_shard_size="20KB")
         assert len(list(folder.glob("*.safetensors"))) > 1
         ids = some_ids(2)
         out = model(ids, labels=ids)

@@ -1,0 +1,33 @@
+"""The arguments of a layer's forward, by their names."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+
+def arguments_of(dense: type[nn.Module]) -> inspect.Signature:
+    """What a layer's forward takes, without self."""
+    signature = inspect.signature(dense.forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def named(
+    arguments: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by their names, in the order of the forward's."""
+    given: dict[str, Any] = {}
+    for name, value in arguments.bind(*args, **kwargs).arguments.items():
+        variable = arguments.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        given |= value if variable else {name: value}
+    return given
+
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def cache_argument(arguments: inspect.Signature) -> str:
+    """The argument by which a layer's forward takes a cache; "" if there is none."""
+    return next((name for name in _CACHES if name in arguments.parameters), "")
