@@ -25,7 +25,7 @@ from adaptive.models.decoder.model import Decoder
 from launch.checkpoint.models import SavedDecoder, add_checkpoint, add_device, load_decoder
 from launch.data.prompts import first_tokens
 from launch.data.tokenizer import Tokenizer
-from launch.generation import depth
+from launch.generation import depth, prompts
 from launch.generation.text import RoutingWriter, TextWriter
 from launch.run.errors import BadInput, OneLineParser, program
 from launch.run.options import check_counts, check_seed
@@ -63,6 +63,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         help="sample from a model whose routing looks at later tokens; computes the whole prefix\n"
         "at every step, and the text is not what the model was trained to write",
     )
+    prompts.add_options(parser)
     depth.add_options(parser)
     return parser
 
@@ -85,7 +86,7 @@ def write_text(options: argparse.Namespace) -> None:
         raise BadInput(f"--{str(error).replace('_', '-', 1)}") from None
     check_counts(options, "max_tokens")
     check_seed(options.seed)
-    other_depth = depth.wanted(options)
+    many, other_depth = prompts.wanted(options), depth.wanted(options)
     saved = load_decoder(options.checkpoint, device=options.device)
     model = saved.model
     looking_ahead = non_causal_layers(model)
@@ -96,6 +97,10 @@ def write_text(options: argparse.Namespace) -> None:
         )
     data = saved.config.data
     tokenizer = Tokenizer(data.tokenizer, data.end_of_text)
+    if many:
+        _calibrate(options, saved)
+        prompts.write_all(options, saved, tokenizer, sampling)
+        return
     # Bytes, whatever they are: a prompt cut in the middle of a character is still a prompt.
     given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
     prompt = first_tokens(data, tokenizer, given, where="--prompt")
@@ -103,10 +108,7 @@ def write_text(options: argparse.Namespace) -> None:
         check_prompts(model, [prompt])
     except ValueError as error:
         raise BadInput(f"--{error}") from None
-    if options.calibrate:
-        thresholds = calibrate_on_held_out(saved)
-        for name, threshold in thresholds.items():
-            print(f"calibrated {name}: threshold {threshold:+.3f}", file=sys.stderr)
+    _calibrate(options, saved)
     if other_depth:
         depth.decode(options, model, tokenizer, prompt, sampling)
         return
@@ -131,6 +133,13 @@ def write_text(options: argparse.Namespace) -> None:
         out.close()
     assert made is not None
     print(summary(model, made, seconds=time.perf_counter() - begun), file=sys.stderr)
+
+
+def _calibrate(options: argparse.Namespace, saved: SavedDecoder) -> None:
+    if not options.calibrate:
+        return
+    for name, threshold in calibrate_on_held_out(saved).items():
+        print(f"calibrated {name}: threshold {threshold:+.3f}", file=sys.stderr)
 
 
 def summary(model: Decoder, made: Generation, *, seconds: float) -> str:

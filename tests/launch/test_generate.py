@@ -229,3 +229,74 @@ def test_bad_input_is_one_line(
 
 def test_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no intact checkpoint" in fail(capsys, tmp_path)
+
+
+def lines_of(path: Path) -> dict[int, dict[str, Any]]:
+    """By index; each only once."""
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert len({row["index"] for row in rows}) == len(rows)
+    return {row["index"]: row for row in rows}
+
+
+def test_a_file_of_prompts_goes_on_where_it_was_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing twice, nothing lost, wherever a writer is killed; texts are those of each alone."""
+    folder = checkpoint(tmp_path / "run")
+    given, out = tmp_path / "given.jsonl", tmp_path / "out.jsonl"
+    texts = ["def f", "x", "import os\nimport", "é→", "class A:", "def f", "a\u2028b"]
+    given.write_text(
+        "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts)
+    )
+    common = [folder, "--prompts", given, "--output", out, "--batch-size", 3, "--max-tokens", 9]
+    common += ["--device", "cpu"]
+    _, said = run(capsys, *common)
+    assert re.search(r"7 prompts, \d+ tokens in .* tokens/s", said)
+    whole, raw = lines_of(out), out.read_bytes()
+    assert [whole[index]["prompt"] for index in range(7)] == texts
+    assert all(row["tokens"] == 9 or row["ended"] for row in whole.values())
+    assert whole[0]["text"] != whole[5]["text"], "draws of their own"
+    for cut in (
+        0,
+        1,
+        len(raw) // 2,
+        raw.index(b"\n"),
+        raw.index(b"\n") + 1,
+        len(raw) - 1,
+        len(raw),
+    ):
+        out.write_bytes(raw[:cut])
+        run(capsys, *common)
+        assert lines_of(out) == whole
+    greedy = [*common, "--temperature", 0, "--ignore-end"]
+    assert "was written with other options" in fail(capsys, *greedy)
+    out.unlink()
+    run(capsys, *greedy)
+    alone = (folder, "--temperature", 0, "--ignore-end", "--max-tokens", 9, "--device", "cpu")
+    for row in list(lines_of(out).values())[:2]:
+        assert (
+            run(capsys, *alone, "--prompt", row["prompt"])[0] == row["prompt"] + row["text"] + "\n"
+        )
+    given.write_text('{"prompt": "other"}\n')
+    assert "line 1 is not of these prompts" in fail(capsys, *greedy)
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        ('{"prompt": 3}\n', ':1: must be an object with a text "prompt"'),
+        ('{"prompt": "a"}\n[]\n', ':2: must be an object with a text "prompt"'),
+        (json.dumps({"prompt": "x" * 65}), ":1: prompt of 65 tokens: must be at most"),
+    ],
+)
+def test_a_file_that_is_not_of_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, rule: str
+) -> None:
+    folder, given = checkpoint(tmp_path / "run"), tmp_path / "given.jsonl"
+    given.write_text(content)
+    assert rule in fail(capsys, folder, "--prompts", given, "--output", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    assert "give both or neither" in fail(capsys, folder, "--prompts", given)
+    assert "--draft: cannot be combined with --prompts" in fail(
+        capsys, folder, "--prompts", given, "--output", "o", "--draft", "ngram"
+    )

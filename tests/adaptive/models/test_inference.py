@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from adaptive.blocks.segments import SegmentsConfig
 from adaptive.models import Decoder
 from adaptive.models.decoder import batch as batches
 from adaptive.models.decoder.batch import Batch, Pass
 from adaptive.models.decoder.cache import Cache
+from adaptive.models.decoder.continuous import generate_all
 from adaptive.models.decoder.generate import Sampling, generate
 from adaptive.models.decoder.inference import Choice, Inference
 from adaptive.models.decoder.products import Product
@@ -200,3 +203,48 @@ def test_a_hooked_module_is_called() -> None:
     assert len(called) == 9
     *_, plain = generate(build("dense"), [[1, 2]], max_new_tokens=3, sampling=Sampling(0.0))
     assert made.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("name", ["dense", "mixture_of_depths", "skip_layer", "segments"])
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_continuous_batches_make_the_texts_of_prompts_alone(name: str, size: int) -> None:
+    if name == "segments":
+        torch.manual_seed(0)
+        config = dataclasses.replace(DENSE, segments=SegmentsConfig(), init_std=0.3)
+        model = Decoder(config).double().eval()
+    else:
+        model = build(name).double()
+    prompts = rows(3, 30, 1, 8, 8, 2, 17)
+    alone = []
+    for prompt in prompts:
+        *_, made = generate(model, [prompt], max_new_tokens=7, sampling=Sampling(0.0))
+        alone.append(made.tokens[0])
+    end = alone[1][2]
+    wanted = [text[: text.index(end) + 1] if end in text else text for text in alone]
+    taken: list[int] = []
+
+    def given() -> Iterator[tuple[int, list[int]]]:
+        for key, prompt in enumerate(prompts):
+            taken.append(key)
+            yield key, prompt
+
+    options = {"max_new_tokens": 7, "sampling": Sampling(0.0), "end": end, "batch_size": size}
+    made_by_key, most = {}, 0
+    for made in generate_all(model, given(), **options):  # type: ignore[arg-type]
+        assert made.key not in made_by_key
+        made_by_key[made.key] = made
+        most = max(most, len(taken) - len(made_by_key) + 1)
+    assert most <= size
+    assert [list(made_by_key[key].tokens) for key in range(7)] == wanted
+    assert [made_by_key[key].ended for key in range(7)] == [end in text for text in alone]
+
+
+def test_what_a_prompt_draws_is_its_own_affair() -> None:
+    model = build("mixture_of_depths").double()
+    prompts = list(enumerate(rows(3, 9, 1, 5)))
+    options = {"max_new_tokens": 6, "sampling": Sampling(0.9, top_k=20), "seed": 3}
+    texts = [
+        {made.key: made.tokens for made in generate_all(model, given, batch_size=size, **options)}  # type: ignore[arg-type]
+        for given, size in ((prompts, 1), (prompts, 4), (prompts[::-1], 2))
+    ]
+    assert texts[0] == texts[1] == texts[2]
