@@ -259,13 +259,16 @@ class LayerCache:
             self._moved = self._moved or own[: len(kept)] != list(range(start, end))
         self._held, self._lengths, self._fresh = held, None, None
 
-    def rewind(self, counts_B: Tensor) -> None:
-        """Forget the tokens whose position is `counts_B` or more. Synchronises with the host."""
-        column_C = torch.arange(self.places.shape[1], device=self.places.device)
-        held_BC = column_C < self.lengths[:, None]
-        self._lengths = (held_BC & (self.places < counts_B[:, None])).sum(1)
-        self._held = self._lengths.tolist()
-        self._fresh = None
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Forget the tokens whose position is `counts` or more. May synchronise with the host."""
+        if not self._moved:
+            self._held = [min(n, count) for n, count in zip(self.held, counts, strict=True)]
+        elif longest := max(self.held):
+            column_n = torch.arange(longest, device=self.places.device)
+            held_Bn = column_n < self.lengths[:, None]
+            kept_Bn = self.places[:, :longest] < _on(self.places, list(counts))[:, None]
+            self._held = (held_Bn & kept_Bn).sum(1).tolist()
+        self._lengths = self._fresh = None
 
     def select(self, rows_A: Tensor) -> None:
         """Keep some of the sequences, in the order given."""
@@ -434,6 +437,8 @@ class Cache:
     def rewind(self, counts_B: Tensor) -> None:
         """Forget all but the first `counts_B` tokens of every sequence (rejected drafts).
 
+        Synchronises with the host.
+
         Args:
             counts_B: int64 [B], at most `counts`.
 
@@ -442,9 +447,9 @@ class Cache:
         """
         if self.stack is not None:
             raise ValueError("rewind: a model of segments keeps the sum of an open one only")
+        self._seen, self._counts = counts_B.tolist(), None
         for layer in self._layers:
-            layer.rewind(counts_B)
-        self._counts, self._seen = counts_B.clone(), None
+            layer.rewind(self._seen)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep some of the sequences only, in the order given: others have ended.

@@ -86,7 +86,7 @@ class Inference:
         self.records: list[RoutingRecord] = []
         self._device = model.embedding.weight.device
         self._plain = _is_plain(model.embedding)
-        self._norm = _norm_of(model.norm)
+        self._norm = norm_of(model.norm)
         self._output: Callable[[Tensor], Tensor] = model.output
         if _is_linear(model.output):
             self._output = _product([model.output], rows)
@@ -123,6 +123,10 @@ class Inference:
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, V]."""
         return self._output(self._norm(hidden_RD))
+
+    def project(self, normed_RD: Tensor) -> Tensor:
+        """[R, V], of hidden states that have been normed."""
+        return self._output(normed_RD)
 
     def _through(
         self, hidden_TD: Tensor, ids: Sequence[int], tokens: Tokens, cache: Cache
@@ -177,6 +181,11 @@ class _Maker:
         return self._tables[key]
 
 
+def attention_step(module: Attention, *, places: int, rows: int) -> AttentionStep:
+    """An attention that stands alone, for positions up to about `places`."""
+    return AttentionStep(module, rows, _Rotary(module, places) if module.rotary_dim else None)
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether its forward is all that a call of it does: engines gather weights in hooks."""
     return not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
@@ -217,7 +226,13 @@ class _Rotary:
 
 
 class AttentionStep:
-    """`residual + attention(x)`, of all tokens or of some among all."""
+    """`residual + attention(x)`, of all tokens or of some among all.
+
+    Args:
+        module: the attention.
+        rows: most tokens of a usual pass.
+        rotary: of its positions; None: it has none.
+    """
 
     def __init__(self, module: Attention, rows: int, rotary: _Rotary | None) -> None:
         self._module, self._rotary = module, rotary
@@ -303,9 +318,7 @@ class _Layer:
     """A decoder layer, and its halves."""
 
     def __init__(self, module: DecoderLayer, maker: _Maker) -> None:
-        self.attention_norm, self._ffn_norm = map(
-            _norm_of, (module.attention_norm, module.ffn_norm)
-        )
+        self.attention_norm, self._ffn_norm = map(norm_of, (module.attention_norm, module.ffn_norm))
         attention, self._ffn = module.attention, module.ffn
         assert isinstance(attention, Attention)
         self.attention = AttentionStep(attention, maker.rows, maker.rotary(attention))
@@ -399,7 +412,8 @@ class _Skip:
         return [choice == EXECUTE for choice in forced_T.tolist()]
 
 
-def _norm_of(module: nn.Module) -> Norm:
+def norm_of(module: nn.Module) -> Norm:
+    """A norm of few rows."""
     if type(module) is not RMSNorm or not _is_plain(module):
         return module
     weight_D, eps = module.weight.detach(), module.eps

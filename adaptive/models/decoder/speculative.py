@@ -22,6 +22,7 @@ from adaptive.models.decoder.generate import (
     check_prompts,
     check_whole,
 )
+from adaptive.models.decoder.inference import Inference
 from adaptive.models.decoder.model import Decoder
 from adaptive.models.decoder.speculation.controllers import Controller, Fixed
 from adaptive.models.decoder.speculation.drafts import Draft, DraftRun
@@ -79,6 +80,7 @@ def speculate(
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
     end: int | None = None,
+    inference: Inference | None = None,
 ) -> Iterator[Speculation]:
     """Continue prompts of any lengths together; yields after every round, the same object.
 
@@ -98,6 +100,7 @@ def speculate(
         generator: of the draws, on the model's device.
         vocab_size: ids from here on are never made.
         end: the token that ends a text; None: none does.
+        inference: of the model, made before; None: made here.
 
     Raises:
         ValueError: an unknown verification, or "greedy" at another temperature; a model that looks
@@ -116,7 +119,9 @@ def speculate(
     refuse_non_causal(model)
     check_prompts(model, prompts)
     controller = Fixed() if controller is None else controller
-    run = draft.begin(model, len(prompts))
+    if inference is None:
+        inference = Inference(model, rows=len(prompts) * (controller.limit + 1))
+    run = draft.begin(inference, len(prompts))
     made = Speculation([[] for _ in prompts])
     limits = [min(max_new_tokens, model.config.max_seq_len - len(prompt) + 1) for prompt in prompts]
     while True:
@@ -143,9 +148,11 @@ def speculate(
         with_drafts = [[*row, *new] for row, new in zip(rows, proposal.tokens, strict=True)]
         wanted = [len(proposal.tokens[index]) + 1 if row else 0 for index, row in enumerate(rows)]
         logits_TV = run.verify(with_drafts, wanted)[:, :vocab_size]
-        kept, last = _chain(
-            proposal, sampling.probabilities(logits_TV).double(), wanted, going, generator
-        )
+        if any(proposal.tokens):
+            q_TV = sampling.probabilities(logits_TV).double()
+            kept, last = _chain(proposal, q_TV, wanted, going, generator)
+        else:
+            kept, last = [0] * len(going), sampling.draw(logits_TV, generator).tolist()
         controller.learn(
             [len(proposal.tokens[index]) for index in going],
             kept,

@@ -13,6 +13,7 @@ from adaptive.blocks.sized_feed_forward import SizedFeedForwardConfig
 from adaptive.blocks.skip_layer import SkipLayerConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.generate import Sampling, generate
+from adaptive.models.decoder.inference import Inference
 from adaptive.models.decoder.speculation.controllers import (
     Confidence,
     Controller,
@@ -118,7 +119,7 @@ class Tables:
         drawn = torch.randn(2, vocab_size, vocab_size, generator=generator) * 1.5
         self.target, self.draft = drawn[0], drawn[0 if same else 1] / 2 + drawn[0] / 2
 
-    def begin(self, model: Decoder, batch_size: int) -> "Tables":
+    def begin(self, inference: Inference, batch_size: int) -> "Tables":
         return self
 
     def propose(self, rows_B: Sequence[Sequence[int]]) -> Tensor:
@@ -263,7 +264,7 @@ def test_a_draft_forgets_what_was_rejected(draft: str) -> None:
     """The text would be right all the same, and drafts worse."""
     model = decoder("mixture_of_depths")
     drafter = DRAFTS[draft](model)
-    used, fresh = (drafter.begin(model, 2) for _ in range(2))
+    used, fresh = (drafter.begin(Inference(model), 2) for _ in range(2))
     rows, drafts = [PROMPT, PROMPT[:3]], [[7, 8, 9], [10]]
     used.propose(rows)
     longer = [row + new for row, new in zip(rows, drafts, strict=True)]
@@ -290,20 +291,20 @@ def test_generation_ends_at_the_end_of_the_text_and_of_the_longest_sequence() ->
 def test_ngrams_draft_what_followed_and_recycled_candidates_what_was_likeliest() -> None:
     model = decoder()
     text = [5, 6, 7, 8, 5, 6]
-    run = NgramDraft().begin(model, 1)
+    run = NgramDraft().begin(Inference(model), 1)
     assert run.propose([text]).isneginf().all()  # Nothing has been read yet.
     run.verify([text], [1])
     assert int(run.propose([text]).argmax()) == 7
     assert int(run.propose([[*text, 7]]).argmax()) == 8
     assert run.propose([[*text, 30]]).isneginf().all()
     draft = RecyclingDraft()
-    run = draft.begin(model, 1)
+    run = draft.begin(Inference(model), 1)
     # A token not met yet drafts nothing, not token 0.
     assert run.propose([text]).isneginf().all()
     logits = run.verify([text], [6])
     # 5 stands twice: the later candidate stays.
     assert int(draft.candidates[5]) == int(logits[4].argmax())
-    assert int(draft.begin(model, 1).propose([[6]]).argmax()) == int(logits[5].argmax())
+    assert int(draft.begin(Inference(model), 1).propose([[6]]).argmax()) == int(logits[5].argmax())
 
 
 def test_worthwhile_numbers_of_drafts() -> None:

@@ -7,11 +7,18 @@ tokens that are drawn and then left out for being unlikely make the others likel
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 from typing import Protocol
 
 
 class Controller(Protocol):
+    @property
+    def limit(self) -> int:
+        """The most that `most` ever says."""
+        ...
+
     def most(self) -> int:
         """Tokens to draft at most in the next round of a sequence; 0: none."""
         ...
@@ -39,6 +46,10 @@ class Fixed:
         if count < 0:
             raise ValueError(f"count={count}: must be 0 or more")
         self.count = count
+
+    @property
+    def limit(self) -> int:
+        return self.count
 
     def most(self) -> int:
         return self.count
@@ -95,7 +106,7 @@ class Thompson:
     Source: the posterior of EESD, arXiv 2406.03853 (its "Beta-TS"); the rule is ours.
     """
 
-    def __init__(self, count: int = 8, *, forget: float = 0.98, seed: int = 0) -> None:
+    def __init__(self, count: int = 8, *, forget: float = 0.995, seed: int = 0) -> None:
         if count < 0:
             raise ValueError(f"count={count}: must be 0 or more")
         if not 0 < forget <= 1:
@@ -105,8 +116,12 @@ class Thompson:
         self._taken = self._rejected = 0.0
         self._rounds = 0
         self._tried = False
-        self._plain = _Average()
-        self._draft = _Average()
+        self._plain = _Middle()
+        self._draft = _Middle()
+
+    @property
+    def limit(self) -> int:
+        return self.count
 
     def most(self) -> int:
         # The first round holds the prompt: its time says nothing.
@@ -159,11 +174,15 @@ def worthwhile(share: float, cost: float, most: int) -> int:
     return most
 
 
-class _Average:
-    """Of the last ten or so: a machine is now slower, now faster."""
+class _Middle:
+    """Median of the last times: a machine is now slower, now faster, and at times interrupted."""
 
     def __init__(self) -> None:
-        self.value: float | None = None
+        self._times: deque[float] = deque(maxlen=15)
+
+    @property
+    def value(self) -> float | None:
+        return median(self._times) if self._times else None
 
     def add(self, new: float) -> None:
-        self.value = new if self.value is None else 0.9 * self.value + 0.1 * new
+        self._times.append(new)

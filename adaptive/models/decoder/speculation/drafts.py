@@ -15,12 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adaptive.models.decoder.cache import Cache, LayerCache
-from adaptive.models.decoder.decode_depth import refuse_non_causal, run_layers
+from adaptive.models.decoder.cache import Cache
+from adaptive.models.decoder.decode_depth import refuse_non_causal
 from adaptive.models.decoder.generate import check_whole
+from adaptive.models.decoder.inference import Inference
 from adaptive.models.decoder.model import Decoder
-from adaptive.models.decoder.speculation.exit_adapter import ExitAdapter
-from adaptive.routing.layout import TokenLayout
+from adaptive.models.decoder.speculation.exit_adapter import AdapterStep, ExitAdapter
 
 Rows = Sequence[Sequence[int]]
 """All tokens of each sequence, from the first; empty where a sequence rests."""
@@ -43,8 +43,8 @@ class DraftRun(Protocol):
 
 
 class Draft(Protocol):
-    def begin(self, model: Decoder, batch_size: int) -> DraftRun:
-        """A generation by a model.
+    def begin(self, inference: Inference, batch_size: int) -> DraftRun:
+        """A generation by a model, made ready.
 
         Raises:
             ValueError: if the draft is not for this model.
@@ -61,13 +61,13 @@ class ExitDraft:
     def __init__(self, adapter: ExitAdapter) -> None:
         self.adapter = adapter
 
-    def begin(self, model: Decoder, batch_size: int) -> DraftRun:
-        if not 1 <= self.adapter.exit_layer < len(model.layers):
+    def begin(self, inference: Inference, batch_size: int) -> DraftRun:
+        if not 1 <= self.adapter.exit_layer < len(inference.model.layers):
             raise ValueError(
                 f"exit_layer={self.adapter.exit_layer}: must be between 1 and "
-                f"{len(model.layers) - 1}"
+                f"{len(inference.model.layers) - 1}"
             )
-        return _ExitRun(model, batch_size, self.adapter)
+        return _ExitRun(inference, batch_size, self.adapter)
 
 
 class ModelDraft:
@@ -84,13 +84,14 @@ class ModelDraft:
         refuse_non_causal(model)
         self.model = model
 
-    def begin(self, model: Decoder, batch_size: int) -> DraftRun:
+    def begin(self, inference: Inference, batch_size: int) -> DraftRun:
         own = self.model.config.vocab_size
-        if own != model.config.vocab_size:
+        if own != inference.model.config.vocab_size:
             raise ValueError(
-                f"vocab_size={own} of the draft: must be the model's, {model.config.vocab_size}"
+                f"vocab_size={own} of the draft: must be the model's, "
+                f"{inference.model.config.vocab_size}"
             )
-        return _ModelRun(model, batch_size, self.model)
+        return _ModelRun(inference, batch_size, Inference(self.model, rows=batch_size))
 
 
 class NgramDraft:
@@ -107,8 +108,8 @@ class NgramDraft:
             raise ValueError(f"longest={longest}: must be at least 1")
         self.longest = longest
 
-    def begin(self, model: Decoder, batch_size: int) -> DraftRun:
-        return _NgramRun(model, batch_size, self.longest)
+    def begin(self, inference: Inference, batch_size: int) -> DraftRun:
+        return _NgramRun(inference, batch_size, self.longest)
 
 
 class RecyclingDraft:
@@ -125,56 +126,62 @@ class RecyclingDraft:
     def __init__(self) -> None:
         self.candidates: Tensor | None = None
 
-    def begin(self, model: Decoder, batch_size: int) -> DraftRun:
-        size = model.config.vocab_size
+    def begin(self, inference: Inference, batch_size: int) -> DraftRun:
+        size = inference.model.config.vocab_size
         if self.candidates is None or len(self.candidates) != size:
             self.candidates = torch.full((size,), -1)
-        return _RecyclingRun(model, batch_size, self.candidates)
+        return _RecyclingRun(inference, batch_size, self.candidates)
 
 
 class _Layers:
     """Some layers of a model, and the tokens that their caches hold."""
 
-    def __init__(self, model: Decoder, batch_size: int, layers: range) -> None:
-        self.model, self.layers = model, layers
-        self.device = model.embedding.weight.device
-        self.cache = Cache(model, batch_size)
-        self.held = [0] * batch_size
+    def __init__(self, inference: Inference, batch_size: int, layers: range | None = None) -> None:
+        self.inference, self.model = inference, inference.model
+        self.layers = range(len(self.model.layers)) if layers is None else layers
+        self.device = self.model.embedding.weight.device
+        self.cache = Cache(self.model, batch_size)
+
+    @property
+    def held(self) -> list[int]:
+        return self.cache.seen
 
     def missing(self, rows_B: Rows) -> list[list[int]]:
         """Tokens of each row that the caches do not hold yet."""
         return [list(row[held:]) for row, held in zip(rows_B, self.held, strict=True)]
 
     def embed(self, tokens_B: Rows) -> Tensor:
-        ids = [token for row in tokens_B for token in row]
-        return self.model.embedding(torch.tensor(ids).to(self.device))
+        return self.inference.embed([token for row in tokens_B for token in row])
 
-    def run(self, hidden_TD: Tensor, lengths: Sequence[int]) -> tuple[Tensor, TokenLayout]:
-        """Pass new tokens of each sequence through the layers; also where they lie."""
-        layout = TokenLayout.from_lengths(list(lengths), self.device)
-        layout = self.cache.next_positions(layout)
-        self.held = [held + new for held, new in zip(self.held, lengths, strict=True)]
-        return run_layers(self.model, hidden_TD, layout, self.layers, self.cache), layout
+    def run(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Pass new tokens of each sequence through the layers."""
+        tokens = self.cache.next_tokens(lengths)
+        return self.inference.run(hidden_TD, tokens, self.cache, self.layers)
 
     def logits(self, hidden_TD: Tensor, lengths: Sequence[int], wanted: Sequence[int]) -> Tensor:
         """After the last `wanted` of the tokens of each sequence."""
-        return self.model.output(self.model.norm(_last(hidden_TD, lengths, wanted)))
+        return self.inference.logits(_last(hidden_TD, lengths, wanted))
+
+    def whole(self, rows_B: Rows, wanted: Sequence[int]) -> Tensor:
+        """Logits after the last `wanted` tokens of each row, of a model all of whose layers run."""
+        missing = self.missing(rows_B)
+        lengths = [len(row) for row in missing]
+        return self.logits(self.run(self.embed(missing), lengths), lengths, wanted)
 
     def rewind(self, counts: Sequence[int]) -> None:
         kept = [min(held, count) for held, count in zip(self.held, counts, strict=True)]
         if kept != self.held:
-            self.held = kept
-            self.cache.rewind(torch.tensor(kept).to(self.device))
+            self.cache.rewind(torch.tensor(kept))
 
 
 class _WholeRun:
     """The whole model verifies; nothing drafts."""
 
-    def __init__(self, model: Decoder, batch_size: int) -> None:
-        self._target = _Layers(model, batch_size, range(len(model.layers)))
+    def __init__(self, inference: Inference, batch_size: int) -> None:
+        self._target = _Layers(inference, batch_size)
 
     def verify(self, rows_B: Rows, wanted: Sequence[int]) -> Tensor:
-        return _whole(self._target, rows_B, wanted)
+        return self._target.whole(rows_B, wanted)
 
     def rewind(self, counts: Sequence[int]) -> None:
         self._target.rewind(counts)
@@ -189,12 +196,12 @@ class _WholeRun:
 
 
 class _ModelRun(_WholeRun):
-    def __init__(self, model: Decoder, batch_size: int, small: Decoder) -> None:
-        super().__init__(model, batch_size)
-        self._small = _Layers(small, batch_size, range(len(small.layers)))
+    def __init__(self, inference: Inference, batch_size: int, small: Inference) -> None:
+        super().__init__(inference, batch_size)
+        self._small = _Layers(small, batch_size)
 
     def propose(self, rows_B: Rows) -> Tensor:
-        logits = _whole(self._small, rows_B, [min(len(row), 1) for row in rows_B])
+        logits = self._small.whole(rows_B, [min(len(row), 1) for row in rows_B])
         return logits.to(self._target.device)
 
     def rewind(self, counts: Sequence[int]) -> None:
@@ -203,8 +210,8 @@ class _ModelRun(_WholeRun):
 
 
 class _NgramRun(_WholeRun):
-    def __init__(self, model: Decoder, batch_size: int, longest: int) -> None:
-        super().__init__(model, batch_size)
+    def __init__(self, inference: Inference, batch_size: int, longest: int) -> None:
+        super().__init__(inference, batch_size)
         self._longest = longest
         self._followers: list[dict[tuple[int, ...], int]] = [{} for _ in range(batch_size)]
         self._read = [0] * batch_size
@@ -226,8 +233,8 @@ class _NgramRun(_WholeRun):
 
 
 class _RecyclingRun(_WholeRun):
-    def __init__(self, model: Decoder, batch_size: int, candidates: Tensor) -> None:
-        super().__init__(model, batch_size)
+    def __init__(self, inference: Inference, batch_size: int, candidates: Tensor) -> None:
+        super().__init__(inference, batch_size)
         self._candidates = candidates
 
     def propose(self, rows_B: Rows) -> Tensor:
@@ -247,51 +254,55 @@ class _RecyclingRun(_WholeRun):
 
 
 class _ExitRun:
-    def __init__(self, model: Decoder, batch_size: int, adapter: ExitAdapter) -> None:
-        self._adapter = adapter
-        self._early = _Layers(model, batch_size, range(adapter.exit_layer))
-        self._late = _Layers(model, batch_size, range(adapter.exit_layer, len(model.layers)))
-        self._adapter_cache = LayerCache(batch_size, self._early.device)
-        # Of each sequence, hidden states of tokens that have passed the early layers only.
+    def __init__(self, inference: Inference, batch_size: int, adapter: ExitAdapter) -> None:
+        layers, cut = range(len(inference.model.layers)), adapter.exit_layer
+        self._early = _Layers(inference, batch_size, layers[:cut])
+        self._late = _Layers(inference, batch_size, layers[cut:])
+        self._adapter = AdapterStep(adapter, inference, batch_size)
+        # Of each sequence, hidden states that have passed the early layers, but not yet the late
+        # ones, or not yet the adapter, which waits until something is drafted.
         self._waiting: list[list[Tensor]] = [[] for _ in range(batch_size)]
+        self._unread: list[list[Tensor]] = [[] for _ in range(batch_size)]
 
     def propose(self, rows_B: Rows) -> Tensor:
-        adapted_TD, lengths = self._pass_early(rows_B)
+        self._pass_early(rows_B)
+        unread = [row if asking else [] for row, asking in zip(self._unread, rows_B, strict=True)]
+        lengths = [sum(map(len, row)) for row in unread]
+        states_TD = torch.cat([state for row in unread for state in row])
+        for row in unread:
+            row.clear()
+        adapted_TD = self._adapter(states_TD, lengths)
         last_GD = _last(adapted_TD, lengths, [min(length, 1) for length in lengths])
-        return self._early.model.output(last_GD)
+        return self._early.inference.project(last_GD)
 
     def verify(self, rows_B: Rows, wanted: Sequence[int]) -> Tensor:
-        if any(self._early.missing(rows_B)):
-            self._pass_early(rows_B)
+        self._pass_early(rows_B)
         states = [state for row in self._waiting for state in row]
         lengths = [sum(map(len, row)) for row in self._waiting]
         self._waiting = [[] for _ in self._waiting]
-        final_TD, _ = self._late.run(torch.cat(states), lengths)
+        final_TD = self._late.run(torch.cat(states), lengths)
         return self._late.logits(final_TD, lengths, wanted)
 
     def rewind(self, counts: Sequence[int]) -> None:
         # Between rounds nothing waits: what has passed the early layers was verified.
-        if any(held > count for held, count in zip(self._early.held, counts, strict=True)):
-            self._adapter_cache.rewind(torch.tensor(counts).to(self._early.device))
+        for row, held, count in zip(self._unread, self._early.held, counts, strict=True):
+            if row and held > count:
+                states_TD = torch.cat(row)
+                row[:] = [states_TD[: max(len(states_TD) - (held - count), 0)]]
+        self._adapter.rewind(counts)
         self._early.rewind(counts)
         self._late.rewind(counts)
 
-    def _pass_early(self, rows_B: Rows) -> tuple[Tensor, list[int]]:
+    def _pass_early(self, rows_B: Rows) -> None:
         missing = self._early.missing(rows_B)
         lengths = [len(row) for row in missing]
-        early_TD, layout = self._early.run(self._early.embed(missing), lengths)
-        for row, states in zip(self._waiting, early_TD.split(lengths), strict=True):
-            if len(states):
-                row.append(states)
-        return self._adapter(early_TD, layout=layout, cache=self._adapter_cache), lengths
-
-
-def _whole(layers: _Layers, rows_B: Rows, wanted: Sequence[int]) -> Tensor:
-    """Logits after the last `wanted` tokens of each row, through all layers of a model."""
-    missing = layers.missing(rows_B)
-    lengths = [len(row) for row in missing]
-    final_TD, _ = layers.run(layers.embed(missing), lengths)
-    return layers.logits(final_TD, lengths, wanted)
+        if not any(lengths):
+            return
+        early_TD = self._early.run(self._early.embed(missing), lengths)
+        for index, states_TD in enumerate(early_TD.split(lengths)):
+            if len(states_TD):
+                self._waiting[index].append(states_TD)
+                self._unread[index].append(states_TD)
 
 
 def _last(x_TD: Tensor, lengths: Sequence[int], wanted: Sequence[int]) -> Tensor:

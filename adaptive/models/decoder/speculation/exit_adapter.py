@@ -5,15 +5,18 @@ Shape legend: B sequences, S sequence, T packed tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.models.decoder.cache import LayerCache
 from adaptive.models.decoder.decode_depth import run_layers
+from adaptive.models.decoder.inference import Inference, attention_step, norm_of
 from adaptive.models.decoder.layers import Attention, KeyValueCache, RMSNorm
 from adaptive.models.decoder.model import Decoder
+from adaptive.models.decoder.tokens import Tokens
 from adaptive.routing.layout import TokenLayout
 
 
@@ -57,6 +60,38 @@ class ExitAdapter(nn.Module):
     ) -> Tensor:
         update_TD = self.attention(self.norm_in(x_TD), layout=layout, cache=cache)
         return self.norm_out(x_TD + update_TD)
+
+
+class AdapterStep:
+    """An adapter as drafting runs it, and its keys and values.
+
+    Args:
+        adapter: of the model.
+        inference: of the model.
+        batch_size: sequences.
+    """
+
+    def __init__(self, adapter: ExitAdapter, inference: Inference, batch_size: int) -> None:
+        model = inference.model
+        places = model.config.max_seq_len
+        self._norms = norm_of(adapter.norm_in), norm_of(adapter.norm_out)
+        self._attention = attention_step(adapter.attention, places=places, rows=batch_size)
+        self._cache = LayerCache(batch_size, model.embedding.weight.device)
+
+    def __call__(self, x_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+        """[T, D], ready for the output projection, of the next tokens of each sequence."""
+        positions = [
+            position
+            for start, count in zip(self._cache.held, lengths, strict=True)
+            for position in range(start, start + count)
+        ]
+        tokens = Tokens(lengths, positions, x_TD.device)
+        before, after = self._norms
+        return after(self._attention(before(x_TD), x_TD, tokens, self._cache))
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Forget all but the first tokens of each sequence."""
+        self._cache.rewind(counts)
 
 
 def distil_adapter(
