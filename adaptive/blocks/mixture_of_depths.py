@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.halves import attend, check_halves, feed_forward
 from adaptive.blocks.protocol import LayerContext, Method, RoutedBlock
 from adaptive.blocks.wrapping import (
     flatten_tokens,
@@ -48,6 +49,8 @@ from parallel.tensor import replicated
 Weight = Literal["raw", "sigmoid", "tanh_norm"]
 PredictorKind = Literal["both", "bce", "mlp", "none"]
 Choice = Literal["router", "random", "fixed"]
+Keys = Literal["chosen", "all"]
+Granularity = Literal["block", "ffn"]
 
 _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "raw": lambda logits: logits,
@@ -88,6 +91,11 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         predictor_coefficient: weight of each predictor loss.
         choice: "random" chooses tokens at random, "fixed" by their positions, evenly spread and the
             same in every sequence; both keep everything else: controls.
+        keys: what chosen tokens attend to: the "chosen" ones (the paper's), or "all" tokens, which
+            then give keys and values, as in SkipLayer. "all" needs a block with `takes_queries =
+            True`, called as `block(hidden_TD, layout=…, queries=selection)`.
+        granularity: what is routed: the whole "block", or its "ffn", while its attention runs for
+            every token; that needs a block in halves, as `DecoderLayer` is.
         mesh: how the ranks share the model; one rank by default.
 
     Attributes:
@@ -112,6 +120,8 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         predictor: PredictorKind | None = "both",
         predictor_coefficient: float = 0.01,
         choice: Choice = "router",
+        keys: Keys = "chosen",
+        granularity: Granularity = "block",
         mesh: Mesh | None = None,
     ) -> None:
         super().__init__()
@@ -120,10 +130,21 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         _check_member("weight", weight, get_args(Weight))
         _check_member("predictor", predictor, get_args(PredictorKind))
         _check_member("choice", choice, get_args(Choice))
+        _check_member("keys", keys, get_args(Keys))
+        _check_member("granularity", granularity, get_args(Granularity))
+        if granularity != "block":
+            check_halves(block, granularity)
         self.block = block
         self.capacity = capacity
         self.weight = weight
         self.choice = choice
+        if keys == "all" and not getattr(block, "takes_queries", False):
+            raise ValueError(
+                f"keys='all': {type(block).__name__} does not take queries apart from keys "
+                "(takes_queries); must be 'chosen'"
+            )
+        self.keys = keys
+        self.granularity = granularity
         self.trains_router_logit = predictor in ("both", "bce")
         self.predictor_coefficient = predictor_coefficient
         self.mesh = Mesh.single() if mesh is None else mesh
@@ -154,8 +175,29 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         Returns:
             The shape and dtype of `hidden`.
         """
-        hidden_TD, layout, valid_T = flatten_tokens(hidden, layout, token_mask)
+        flat_TD, layout, valid_T = flatten_tokens(hidden, layout, token_mask)
         refuse_cache(self.block, inner_kwargs, layout)
+        apart = self.keys == "chosen" and self.granularity == "block"
+        if apart or valid_T is None:
+            return self._forward(flat_TD, layout, valid_T, inner_kwargs).view_as(hidden)
+        # Padding must be nobody's key: only valid tokens are seen.
+        source_layout, mask_T = layout, valid_T
+        present = decide(lambda: self._selection(mask_T, source_layout))
+        valid_TD = pack(flat_TD, present.indices)
+        out_TD = self._forward(valid_TD, present.layout, None, inner_kwargs, packed_T=valid_T)
+        return flat_TD.index_copy(0, present.indices, out_TD).view_as(hidden)
+
+    def _forward(
+        self,
+        hidden_TD: Tensor,
+        layout: TokenLayout,
+        valid_T: Tensor | None,
+        inner_kwargs: dict[str, Any],
+        packed_T: Tensor | None = None,
+    ) -> Tensor:
+        """Update the chosen ones of packed tokens; `packed_T` tells where they lay in the batch."""
+        if self.granularity == "ffn":
+            hidden_TD = attend(self.block, hidden_TD, layout, None, **inner_kwargs)
         routed_TD = without_padding(hidden_TD, valid_T)
         logits_T = self.router(routed_TD).squeeze(-1)
         causal_logits_T = self._causal_logits(routed_TD, logits_T)
@@ -163,13 +205,17 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         weights_R = update_weights(self.weight, pack(logits_T, selection.indices))
         selection = selection.with_weights(weights_R)
         packed_RD = pack(hidden_TD, selection.indices)
-        update_RD = self._update(packed_RD, selection, inner_kwargs)
+        if self.keys == "all" and self.granularity == "block":
+            all_kwargs = {"layout": layout, "queries": selection, **inner_kwargs}
+            update_RD = self.block(hidden_TD, **all_kwargs) - packed_RD
+        else:
+            update_RD = self._update(packed_RD, selection, inner_kwargs)
         out_TD = combine(hidden_TD, update_RD, selection.indices, weights_R)
         tape = current_tape()
         if tape is not None:
             held_B = held_keys(inner_kwargs)
-            self._record(tape, selection, logits_T, causal_logits_T, valid_T, held_B)
-        return out_TD.view_as(hidden)
+            self._record(tape, selection, logits_T, causal_logits_T, valid_T, packed_T, held_B)
+        return out_TD
 
     def inner(self, packed_RD: Tensor, selection: Selection, **kwargs: Any) -> Tensor:
         """Run the block on the chosen tokens. Override to feed a block of your own.
@@ -193,21 +239,34 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         return self.router if self.predictor is None else self.predictor
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
-        """Router and predictor for all tokens, the block for the chosen ones among themselves."""
+        """Router and predictor for all tokens, the block for the chosen ones among their keys."""
         count.routing(self.router, work)
         count.routing(self.predictor, work)
-        count(self.block, count.chosen(self, planned=work.share(self.capacity), dense=work))
+        planned = work.share(self.capacity)
+        if self.keys == "all" and self.granularity == "block":
+            planned = work.queries(self.capacity)
+        chosen = count.chosen(self, planned=planned, dense=work)
+        if self.granularity == "block":
+            count(self.block, chosen)
+            return
+        for part, among in (("attention", work), ("ffn", chosen)):
+            count(getattr(self.block, part), among)
 
     def _update(self, packed_RD: Tensor, selection: Selection, kwargs: dict[str, Any]) -> Tensor:
         """`block(h) - h` of the chosen tokens; context ranks share them evenly meanwhile."""
         before = selection.shard_sizes
         if self.mesh.context == 1 or before is None:
-            return self.inner(packed_RD, selection, **kwargs) - packed_RD
+            return self._run(packed_RD, selection, kwargs) - packed_RD
         even = even_shards(sum(before), self.mesh.shards)
         rows_RD = move_rows(packed_RD, self.mesh, before=before, after=even)
         shared = replace(selection, shard_sizes=even, weights=None)
-        update_RD = self.inner(rows_RD, shared, **kwargs) - rows_RD
+        update_RD = self._run(rows_RD, shared, kwargs) - rows_RD
         return move_rows(update_RD, self.mesh, before=even, after=before)
+
+    def _run(self, packed_RD: Tensor, selection: Selection, kwargs: dict[str, Any]) -> Tensor:
+        if self.granularity == "ffn":
+            return feed_forward(self.block, packed_RD, selection.layout)
+        return self.inner(packed_RD, selection, **kwargs)
 
     def start_step(self, step: int) -> None:
         """Set what follows a schedule over training steps. The training loop calls it."""
@@ -243,6 +302,11 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
             selection = expert_choice_packed(gather(scores_T), layout, self.capacity, valid_T)
         return selection.on_shard(layout, self.mesh) if shared else selection
 
+    def _selection(self, chosen_T: Tensor, layout: TokenLayout) -> Selection:
+        """The tokens of all ranks that share the pack, as this rank sees them."""
+        chosen_T = gather_over_shards(chosen_T, self.mesh, layout.shard_sizes)
+        return Selection.from_mask(chosen_T, layout).on_shard(layout, self.mesh)
+
     def _record(
         self,
         tape: RoutingTape,
@@ -250,6 +314,7 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         logits_T: Tensor,
         causal_logits_T: Tensor,
         valid_T: Tensor | None,
+        packed_T: Tensor | None,
         held_B: Tensor | None,
     ) -> None:
         chosen_T = selection.mask(logits_T.shape[0])
@@ -283,7 +348,9 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
             predictor_accuracy=masked_mean(predicted_T == chosen_T, valid_T) if compares else None,
             statistics={"predicted_share": masked_mean(predicted_T, valid_T)} if compares else {},
             weights=weights_R,
-            chosen=chosen_T,
+            chosen=chosen_T
+            if packed_T is None
+            else torch.zeros_like(packed_T).masked_scatter_(packed_T, chosen_T),
             scores=logits_T if self.choice == "router" else None,
         )
         tape.record(self, record, losses)
@@ -353,7 +420,8 @@ class MixtureOfDepthsConfig(Method):
         capacity: share of tokens that routed layers compute.
         schedule: "every_other" (layers 1, 3, 5, …), "all", "linear", "cosine", or a list of layers.
         floor, dense_above: of the falling schedules, see `capacities_over_depth`.
-        weight, predictor, predictor_coefficient, choice: see `MixtureOfDepths`.
+        weight, predictor, predictor_coefficient, choice, keys, granularity: see
+            `MixtureOfDepths`.
         anneal_steps: steps in which every routed layer's capacity falls from 1 to its own; 0: none.
     """
 
@@ -372,6 +440,8 @@ class MixtureOfDepthsConfig(Method):
     predictor: PredictorKind = "both"
     predictor_coefficient: float = 0.01
     choice: Choice = "router"
+    keys: Keys = "chosen"
+    granularity: Granularity = "block"
     anneal_steps: int = 0
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.blocks.halves import attend, check_halves, feed_forward
 from adaptive.blocks.protocol import LayerContext, Method, RoutedBlock
 from adaptive.blocks.wrapping import flatten_tokens, held_keys, refuse_cache, run_block
 from adaptive.ops.flop_counter import FlopCounter, Work
@@ -119,12 +120,8 @@ class SkipLayer(RoutedBlock):
         _check_member("keys", keys, get_args(Keys))
         _check_member("granularity", granularity, get_args(Granularity))
         _check_member("skipped_gradient", skipped_gradient, get_args(SkippedGradient))
-        missing = [name for name in _PARTS if not hasattr(block, name)]
-        if granularity != "block" and missing:
-            raise ValueError(
-                f"granularity={granularity!r}: needs a block with {', '.join(_PARTS)}; "
-                f"{type(block).__name__} has no {missing[0]}"
-            )
+        if granularity != "block":
+            check_halves(block, granularity)
         self.block = block
         self.granularity = granularity
         self.keys = self._possible_keys(keys)
@@ -224,7 +221,7 @@ class SkipLayer(RoutedBlock):
         kwargs: dict[str, Any],
     ) -> Tensor:
         if self.granularity == "ffn":
-            hidden_TD = _attend(self.block, hidden_TD, layout, None, **kwargs)
+            hidden_TD = attend(self.block, hidden_TD, layout, None, **kwargs)
         router_logits_T2 = self.router(F.layer_norm(hidden_TD, hidden_TD.shape[-1:]))
         executing, skipping, noise_T2 = decide(lambda: self._choose(router_logits_T2, layout))
         soft_T2 = soft_choice(router_logits_T2, noise_T2, temperature=self.temperature)
@@ -251,7 +248,7 @@ class SkipLayer(RoutedBlock):
             held_B = held_keys(kwargs)
             self._record(tape, executing, gates_T, router_logits_T2, noise_T2, valid, held_B)
         if self.granularity == "attention":
-            out_TD = _feed_forward(self.block, out_TD, layout)
+            out_TD = feed_forward(self.block, out_TD, layout)
         return out_TD
 
     def _update(
@@ -262,9 +259,9 @@ class SkipLayer(RoutedBlock):
         if self.granularity == "attention":
             among = tokens if self.keys == "all" else None
             source = (hidden_TD, layout) if self.keys == "all" else (packed_RD, tokens.layout)
-            return _attend(self.block, *source, among, **kwargs) - packed_RD
+            return attend(self.block, *source, among, **kwargs) - packed_RD
         if self.granularity == "ffn":
-            return _feed_forward(self.block, packed_RD, tokens.layout) - packed_RD
+            return feed_forward(self.block, packed_RD, tokens.layout) - packed_RD
         if self.keys == "all":
             return self.inner_among_all(hidden_TD, layout, tokens, **kwargs) - packed_RD
         return self.inner(packed_RD, tokens, **kwargs) - packed_RD
@@ -402,30 +399,6 @@ class SkipLayerConfig(Method):
         density = self.share(context.layer, context.num_layers)
         options = self.options(without=("density", "layers", "floor", "dense_above"))
         return SkipLayer(inner, context.dim, density=density, mesh=context.mesh, **options)
-
-
-_PARTS = ("attention_norm", "attention", "ffn_norm", "ffn")
-
-
-def _attend(
-    block: Any, hidden_TD: Tensor, layout: TokenLayout, queries: Selection | None, **kwargs: Any
-) -> Tensor:
-    """The attention half of a decoder layer, residual included, for all tokens or `queries`."""
-    normed_TD = block.attention_norm(hidden_TD)
-    if queries is None:
-        return hidden_TD + block.attention(normed_TD, layout=layout, **kwargs)
-    update_RD = block.attention(
-        pack(normed_TD, queries.indices),
-        layout=queries.layout,
-        context=(normed_TD, layout),
-        **kwargs,
-    )
-    return pack(hidden_TD, queries.indices) + update_RD
-
-
-def _feed_forward(block: Any, hidden_TD: Tensor, layout: TokenLayout) -> Tensor:
-    """The feed-forward half of a decoder layer, residual included."""
-    return hidden_TD + block.ffn(block.ffn_norm(hidden_TD), layout=layout)
 
 
 def _check_member(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -24,6 +24,8 @@ from parallel.flop_formulas import torch_flop_counter
 DENSE = DecoderConfig(vocab_size=61, dim=64, num_layers=4, num_heads=4, max_seq_len=64)
 METHODS = {
     "mixture_of_depths": {"mixture_of_depths": MixtureOfDepthsConfig(capacity=0.25)},
+    "keys_of_all_tokens": {"mixture_of_depths": MixtureOfDepthsConfig(capacity=0.25, keys="all")},
+    "depths_ffn": {"mixture_of_depths": MixtureOfDepthsConfig(capacity=0.25, granularity="ffn")},
     "mixture_of_experts": {"mixture_of_experts": MixtureOfExpertsConfig(num_experts=4)},
     "depths_and_experts": {
         "mixture_of_depths": MixtureOfDepthsConfig(capacity=0.25),

@@ -113,6 +113,13 @@ FAMILIES = {
         )
     ),
     "mixture_of_depths": LanguageModel(replace(TINY, num_kv_heads=2, mixture_of_depths=DEPTHS)),
+    "keys_of_all_tokens": LanguageModel(
+        replace(TINY, num_kv_heads=2, mixture_of_depths=replace(DEPTHS, keys="all")),
+        documents=(5, 1, 18),
+    ),
+    "mixture_of_depths_ffn": LanguageModel(
+        replace(TINY, mixture_of_depths=replace(DEPTHS, granularity="ffn"))
+    ),
     "mixture_of_experts": LanguageModel(replace(TINY, mixture_of_experts=EXPERTS)),
     "hyperspherical": LanguageModel(replace(TINY, mixture_of_experts=HYPERSPHERICAL)),
     "mixture_of_depths_and_experts": LanguageModel(

@@ -352,7 +352,10 @@ class _Depths:
         self._threshold = float(module.threshold)
 
     def __call__(self, x_TD: Tensor, tokens: Tokens, cache: LayerCache) -> Tensor:
-        module = self._module
+        module, inner = self._module, self._inner
+        ffn = module.granularity == "ffn"
+        if ffn:
+            x_TD = inner.attend(x_TD, tokens, cache)
         logits_T: Tensor | None = None
         if module.predictor is None:
             causal_T = logits_T = module.router(x_TD).squeeze(-1)
@@ -361,12 +364,19 @@ class _Depths:
         chosen = [logit > self._threshold for logit in causal_T.tolist()]
         rows = [row for row, taken in enumerate(chosen) if taken]
         some = tokens.take(rows) if rows else None
+        x_RD = _taken(x_TD, rows)
+        after_RD = x_RD
+        if module.keys == "all" and not ffn:  # keys of those left out, too
+            after_RD = inner.attention.of_some(
+                inner.attention_norm(x_TD), x_RD, rows, tokens, cache
+            )
+        elif some is not None and not ffn:
+            after_RD = inner.attend(x_RD, some, cache)
         if some is not None:
             if logits_T is None:
                 logits_T = module.router(x_TD).squeeze(-1)
-            x_RD, logits_R = _taken(x_TD, rows), _taken(logits_T, rows)
-            update_RD = self._inner(x_RD, some, cache).sub_(x_RD)
-            weights_R = update_weights(module.weight, logits_R).to(x_TD.dtype)
+            update_RD = inner.feed_forward(after_RD, some).sub_(x_RD)
+            weights_R = update_weights(module.weight, _taken(logits_T, rows)).to(x_TD.dtype)
             x_TD = _put(x_TD, rows, torch.addcmul(x_RD, update_RD, weights_R[:, None]))
         lengths = (0,) * len(tokens.lengths) if some is None else some.lengths
         self._choices.append(Choice(self._name, chosen, lengths, cache.held))

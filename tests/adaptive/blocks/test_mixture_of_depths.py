@@ -72,6 +72,31 @@ def test_output_and_every_gradient_are_the_papers_formula(weight: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("options", [{"keys": "all"}, {"granularity": "ffn"}], ids=str)
+def test_it_is_the_dense_layer_where_a_token_is_chosen(options: dict[str, Any]) -> None:
+    """With keys of all tokens; and where the feed-forward alone is routed."""
+    module = routed(decoder_layer(), weight="sigmoid", **options)
+    hidden = torch.randn(3, 10, 16, dtype=torch.float64, requires_grad=True)
+    with RoutingTape() as tape:
+        got = module(hidden)
+    assert tape.records[0].executed == 3 * 5
+    before, layout = hidden, TokenLayout.dense(3, 10)
+    if module.granularity == "ffn":
+        normed = module.block.attention_norm(hidden.flatten(0, 1))
+        before = hidden + module.block.attention(normed, layout=layout).view_as(hidden)
+    scores = before @ module.router.weight[0]
+    chosen = torch.zeros(3, 10, 1, dtype=torch.float64)
+    chosen.scatter_(1, scores.topk(5).indices[..., None], 1.0)
+    dense = torch.stack([module.block(h, layout=TokenLayout.dense(1, 10)) for h in hidden])
+    expected = before + chosen * scores.sigmoid()[..., None] * (dense - before)
+    torch.testing.assert_close(got, expected)
+    leaves = [hidden, module.router.weight, *module.block.parameters()]
+    grad = torch.randn_like(got)
+    ours, theirs = (torch.autograd.grad(out, leaves, grad) for out in (got, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_whole_block_passes_gradcheck() -> None:
     module = routed(decoder_layer())
     hidden = torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
@@ -132,8 +157,12 @@ def test_rotary_uses_original_positions() -> None:
     assert not torch.allclose(packed + update, compact, atol=1e-6)
 
 
-def test_padding_changes_nothing_and_is_never_computed() -> None:
-    module = routed(decoder_layer())
+REACHES = [{}, {"keys": "all"}, {"granularity": "ffn"}]
+
+
+@pytest.mark.parametrize("options", REACHES, ids=str)
+def test_padding_changes_nothing_and_is_never_computed(options: dict[str, Any]) -> None:
+    module = routed(decoder_layer(), **options)
     hidden = torch.randn(2, 10, 16, dtype=torch.float64)
     mask = torch.ones(2, 10, dtype=torch.bool)
     mask[1, 6:] = False
@@ -146,6 +175,9 @@ def test_padding_changes_nothing_and_is_never_computed() -> None:
     assert torch.equal(out[1, 6:], junk[1, 6:])
     record = tape.records[0]
     assert (int(record.tokens), record.executed) == (16, 5 + 3)
+    assert record.chosen is not None
+    assert torch.equal(record.chosen.view(2, 10)[1, 6:], torch.zeros(4, dtype=torch.bool))
+    assert record.chosen.sum() == 8
     assert all(loss < 10 for loss in record.losses.values())
 
 
@@ -159,10 +191,11 @@ def test_left_padding_gives_the_same_tokens_as_right_padding() -> None:
     torch.testing.assert_close(right[:, :6], left[:, 3:])
 
 
+@pytest.mark.parametrize("options", REACHES, ids=str)
 @pytest.mark.parametrize("predictor", ["both", "bce", "mlp"])
-def test_causal_evaluation_does_not_look_ahead(predictor: str) -> None:
+def test_causal_evaluation_does_not_look_ahead(predictor: str, options: dict[str, Any]) -> None:
     """Trap: top-k at evaluation. Changing token t must change no output before t."""
-    module = routed(decoder_layer(), predictor=predictor).eval()
+    module = routed(decoder_layer(), predictor=predictor, **options).eval()
     hidden = torch.randn(1, 12, 16, dtype=torch.float64)
     before = module(hidden)
     for t in range(12):
@@ -315,6 +348,9 @@ def test_recomputation_survives_scores_that_differ_by_rounding() -> None:
         ({"capacity": 1.2}, r"capacity=1.2: must be in \(0, 1\]"),
         ({"weight": "softmax"}, "weight='softmax': must be one of raw, sigmoid, tanh_norm"),
         ({"predictor": "mpl"}, "predictor='mpl': must be one of both, bce, mlp, none"),
+        ({"granularity": "ffn"}, "granularity='ffn': needs a block with attention_norm"),
+        ({"keys": "every"}, "keys='every': must be one of chosen, all"),
+        ({"keys": "all"}, r"keys='all': CausalMean does not take queries apart from keys"),
         ({"choice": "topk"}, "choice='topk': must be one of router, random, fixed"),
     ],
 )

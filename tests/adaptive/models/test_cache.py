@@ -24,6 +24,12 @@ ROUTED = dataclasses.replace(DENSE, mixture_of_depths=MixtureOfDepthsConfig(capa
 CONFIGS = {
     "dense": DENSE,
     "mixture_of_depths": ROUTED,
+    "keys_of_all_tokens": dataclasses.replace(
+        DENSE, mixture_of_depths=MixtureOfDepthsConfig(capacity=0.5, keys="all")
+    ),
+    "mixture_of_depths_ffn": dataclasses.replace(
+        DENSE, mixture_of_depths=MixtureOfDepthsConfig(capacity=0.5, granularity="ffn")
+    ),
     "mixture_of_depths_and_experts": dataclasses.replace(
         ROUTED, mixture_of_experts=MixtureOfExpertsConfig(num_experts=4)
     ),
