@@ -283,7 +283,7 @@ class BoundaryGate(nn.Module):
     def __init__(self, dim: int, *, prior: float, std: float) -> None:
         super().__init__()
         self.dim = dim
-        self.hidden, self.score = nn.Linear(dim, dim), nn.Linear(dim, 1)
+        self.hidden, self.score = _WideLinear(dim, dim), _WideLinear(dim, 1)
         for part in (self.hidden, self.score):
             nn.init.normal_(part.weight, std=std)
             nn.init.zeros_(part.bias)
@@ -292,15 +292,20 @@ class BoundaryGate(nn.Module):
     def forward(self, hidden_TD: Tensor) -> Tensor:
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         with without_autocast(hidden_TD.device.type):
-            inner_TD = F.layer_norm(hidden_TD.to(wide), (self.dim,))
-            for part in (self.hidden, self.score):
-                inner_TD = F.linear(inner_TD, part.weight.to(wide), part.bias.to(wide))
-                inner_TD = F.gelu(inner_TD) if part is self.hidden else inner_TD
-        return inner_TD.squeeze(-1)
+            normed_TD = F.layer_norm(hidden_TD.to(wide), (self.dim,))
+            logits_T1: Tensor = self.score(F.gelu(self.hidden(normed_TD)))
+        return logits_T1.squeeze(-1)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         count(self.hidden, work)
         count(self.score, work)
+
+
+class _WideLinear(nn.Linear):
+    """In its input's dtype; called, not read from, so that ZeRO 3 brings its weights."""
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        return F.linear(x_TI, self.weight.to(x_TI.dtype), self.bias.to(x_TI.dtype))
 
 
 class _Rows(NamedTuple):
