@@ -33,6 +33,7 @@ SOONER = {"duo_lm": ["model.sized_feed_forward.random_steps=10"]}
 SMALL = {
     "language_model": ["data.seq_len=64", "train.batch_size=4"],
     "diffusion": ["train.batch_size=16"],
+    "image_classification": ["train.batch_size=16"],
 }
 
 # A line of metrics.jsonl without its speeds.
@@ -105,20 +106,20 @@ def commands(recipe: Path, *, small: bool) -> Iterator[tuple[str, list[str]]]:
         yield recipe.stem, ["bash", str(recipe.with_suffix(".sh")), *words]
 
 
-def shortened(content: dict[str, Any], *, small: bool) -> list[str]:
+def shortened(content: dict[str, Any], *, small: bool, steps: int = STEPS) -> list[str]:
     """Overrides that end a recipe after its first steps; phases and growths share them."""
     words = ["monitor.every=1", "monitor.tensorboard=false", "checkpoint.every=0"]
     words += SMALL[content["task"]] if small else []
     phases = content.get("phases", [])
     for number, phase in enumerate(phases):
-        words.append(f"phases[{number}].train.steps={STEPS // len(phases)}")
+        words.append(f"phases[{number}].train.steps={steps // len(phases)}")
         if small and "batch_size" in phase["train"]:
             words.append(f"phases[{number}].train.batch_size=16")
     if not phases:
-        words.append(f"train.steps={STEPS}")
+        words.append(f"train.steps={steps}")
     growth = content["train"].get("growth", [])
     if growth:
-        share = STEPS // (len(growth) + 1)
+        share = steps // (len(growth) + 1)
         sooner = [{**stage, "step": share * n} for n, stage in enumerate(growth, start=1)]
         words.append(f"train.growth={json.dumps(sooner)}")
     return words
