@@ -131,6 +131,7 @@ def furnish() -> None:
     for folder in ("corpus", "texts", "home/texts"):
         Path(folder).mkdir(parents=True)
     Path("corpus/a.jsonl").write_text(text)
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in "abc"))
     for folder in ("texts", "home/texts"):
         Path(folder, "a.txt").write_text("".join(row["text"] for row in rows))
     zstandard = pytest.importorskip("zstandard")
