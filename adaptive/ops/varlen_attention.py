@@ -38,6 +38,7 @@ def varlen_attention(
     keys: TokenLayout | None = None,
     causal: bool = True,
     key_bias: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Softmax attention of every query to the keys of its own sequence.
 
@@ -53,6 +54,8 @@ def varlen_attention(
         key_bias: [keys] or None, finite, differentiable: added to every score of a key. log of a
             key's size makes attention that of so many equal keys ("proportional attention", ToMe,
             arXiv 2210.09461, section 3).
+        window: with `causal`, keys are seen whose position is among the `window` that end with the
+            query's own; None: all earlier ones. Computed by the reference alone.
 
     Returns:
         [queries, heads, head width], scaled by 1/sqrt(head width).
@@ -64,9 +67,13 @@ def varlen_attention(
     if key_bias is not None:
         width = q_QHh.shape[2]
         q_QHh, k_TGh, v_TGh = with_key_bias(q_QHh, k_TGh, v_TGh, key_bias)
-        return varlen_attention(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal)[
-            ..., :width
-        ]
+        out_QHh = varlen_attention(
+            q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal, window=window
+        )
+        return out_QHh[..., :width]
+    if window is not None:
+        keys = queries if keys is None else keys
+        return _windowed(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, window=window)
     if torch.compiler.is_dynamo_compiling() and not (keys is None and queries.uniform):
         # Lengths are read, and loops go over them: a graph for each batch.
         return _uncompiled(q_QHh, k_TGh, v_TGh, queries=queries, keys=keys, causal=causal)
@@ -80,6 +87,11 @@ def varlen_attention(
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler here
 def _uncompiled(*qkv: Tensor, **options: Any) -> Tensor:
     return varlen_attention(*qkv, **options)
+
+
+@torch._disable_dynamo  # lengths are read, and loops go over them
+def _windowed(*qkv: Tensor, queries: TokenLayout, keys: TokenLayout, window: int) -> Tensor:
+    return _cross_reference(*qkv, queries=queries, keys=keys, causal=True, window=window)
 
 
 def with_key_bias(
@@ -143,11 +155,12 @@ def _cross_reference(
     queries: TokenLayout,
     keys: TokenLayout,
     causal: bool,
+    window: int | None = None,
 ) -> Tensor:
     """Masked SDPAs, a few for each segment; a query without any key gets zeros.
 
-    With `causal`, queries go in chunks, and a chunk meets only the keys up to its last position:
-    most of what a mask over the whole segment would throw away is not computed.
+    With `causal`, queries go in chunks, and a chunk meets only the keys from its first window up to
+    its last position: most of what a mask over the whole segment would throw away is not computed.
     """
     q_lengths, k_lengths = queries.cu_seqlens.diff().tolist(), keys.cu_seqlens.diff().tolist()
     pieces = zip(
@@ -166,7 +179,10 @@ def _cross_reference(
             out.append(torch.zeros_like(q))
             continue
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        attended = _attend_in_chunks(q, k, v, q_position, k_position) if causal else _sdpa(q, k, v)
+        if causal:
+            attended = _attend_in_chunks(q, k, v, q_position, k_position, window)
+        else:
+            attended = _sdpa(q, k, v)
         out.append(attended[0].transpose(0, 1))
     # An empty result still depends on every input, so that each has a (zero) gradient.
     if out and min(q_lengths) > 0:
@@ -175,7 +191,12 @@ def _cross_reference(
 
 
 def _attend_in_chunks(
-    q_BHQh: Tensor, k_BGSh: Tensor, v_BGSh: Tensor, q_position: Tensor, k_position: Tensor
+    q_BHQh: Tensor,
+    k_BGSh: Tensor,
+    v_BGSh: Tensor,
+    q_position: Tensor,
+    k_position: Tensor,
+    window: int | None,
 ) -> Tensor:
     """Attention to the keys whose position is not greater, `_QUERY_CHUNK` queries at a time."""
     queries = q_BHQh.split(_QUERY_CHUNK, dim=2)
@@ -183,14 +204,22 @@ def _attend_in_chunks(
     # Behind the place where every later key lies after a chunk's last query, nothing is needed.
     later = k_position.flip(0).cummin(0).values.flip(0)
     last = torch.stack([position.max() for position in positions])
-    ends = torch.searchsorted(later, last, right=True).tolist()
+    bounds = [torch.searchsorted(later, last, right=True)]
+    if window is not None:  # nor what lies before its first query's window
+        first = torch.stack([position.min() for position in positions])
+        earlier = k_position.cummax(0).values
+        bounds.append(torch.searchsorted(earlier, first - window, right=True))
+    ends, *starts = torch.stack(bounds).tolist()
     out = []
-    for q, position, end in zip(queries, positions, ends, strict=True):
-        if end == 0:
+    for number, (q, position) in enumerate(zip(queries, positions, strict=True)):
+        start, end = starts[0][number] if starts else 0, ends[number]
+        if end <= start:
             out.append(torch.zeros_like(q))
             continue
-        allowed = k_position[None, :end] <= position[:, None]
-        attended = _sdpa(q, k_BGSh[:, :, :end], v_BGSh[:, :, :end], allowed=allowed)
+        behind = position[:, None] - k_position[None, start:end]
+        allowed = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        keys, values = k_BGSh[:, :, start:end], v_BGSh[:, :, start:end]
+        attended = _sdpa(q, keys, values, allowed=allowed)
         out.append(torch.where(allowed.any(1)[:, None], attended, 0))
     return torch.cat(out, dim=2)
 

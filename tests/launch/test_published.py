@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from adaptive.models.weights.transformers import loaded
+from launch.checkpoint import published
 from launch.checkpoint.files import load_model
 from launch.checkpoint.models import load_decoder
 from launch.checkpoint.published import read_published
@@ -51,6 +55,59 @@ def test_a_run_goes_out_with_its_tokenizer_and_comes_back(
     assert Tokenizer(config.data.tokenizer).encode(TEXT.encode()).tolist() == list(TEXT.encode())
     assert Tokenizer(config.data.tokenizer).end == 0
     check_run(load_config(back / "run.yaml", [f"data.path={tmp_path}/text.py"]), ranks=1)
+
+
+def test_reading_opens_each_file_once_and_holds_one_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+    sizes |= {"num_attention_heads": 8, "vocab_size": 512}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="4MB")
+    del model
+    files = [str(file) for file in tmp_path.glob("*.safetensors")]
+    assert len(files) > 5
+    opened, read = [], []
+
+    def watched(file: Path, **options: Any) -> Any:
+        opened.append(str(file))
+        return Watched(published_open(file, **options))
+
+    class Watched:
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.keys = inner, inner.keys
+
+        def __enter__(self) -> Any:
+            self.inner.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.inner.__exit__(*error)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            read.append(name)
+            return self.inner.get_tensor(name)
+
+    published_open = published.safe_open
+    monkeypatch.setattr(published, "safe_open", watched)
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    read_published(tmp_path)  # what it imports is no copy
+    assert sorted(opened) == sorted(files)
+    assert len(read) == len(set(read))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, and is no room to begin with
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
+    before = status("VmRSS")
+    weights, _ = read_published(tmp_path)
+    held = sum(tensor.nbytes for tensor in weights.values())
+    # What float32 tensors need, and a file of 4 MB.
+    assert status("VmHWM") - before < 1.25 * held
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ class Attention(nn.Module):
         rotary_fraction: float = 1.0,
         rope_base: float = 10000.0,
         rope_scaling: RopeScaling | None = None,
+        window: int | None = None,
         make_input: MakeLinear | None = None,
         make_output: MakeLinear | None = None,
         mesh: Mesh | None = None,
@@ -208,7 +209,11 @@ class Attention(nn.Module):
         # Heads of this rank: the projections are split by whole heads.
         self.heads, self.kv_heads = num_heads // mesh.tensor, num_kv_heads // mesh.tensor
         check_heads(self.heads, mesh)
-        self.ring = mesh.ring
+        self.ring, self.window = mesh.ring, window
+        if self.ring and window is not None:
+            raise ValueError(
+                f"sliding_window={window}: cannot be with context_attention=ring; use ulysses"
+            )
         self.query = make_input(dim, num_heads * self.head_dim)
         self.key = make_input(dim, num_kv_heads * self.head_dim)
         self.value = make_input(dim, num_kv_heads * self.head_dim)
@@ -289,7 +294,9 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k_TGh, v_TGh, keys = cache.extend(k_TGh, v_TGh, layout if keys is None else keys)
-        attended_RHh = varlen_attention(q_RHh, k_TGh, v_TGh, queries=layout, keys=keys, causal=True)
+        attended_RHh = varlen_attention(
+            q_RHh, k_TGh, v_TGh, queries=layout, keys=keys, causal=True, window=self.window
+        )
         if mesh.context_group is not None:
             attended_RHh = heads_to_tokens(attended_RHh, mesh, shard_sizes=layout.shard_sizes)
         return attended_RHh

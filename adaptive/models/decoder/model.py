@@ -29,6 +29,7 @@ from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import pack
 from adaptive.routing.layout import TokenLayout, layout_from_mask, valid_tokens
 from adaptive.routing.recompute import checkpoint
+from adaptive.routing.schedules import listed_layers
 from adaptive.routing.tape import current_tape
 from parallel.context import gather_context_rows, own_context_rows
 from parallel.mesh import Mesh
@@ -65,6 +66,8 @@ class DecoderConfig(MethodHost):
         max_seq_len: longest sequence that the model is trained on; generation stops there.
         rotary_fraction, rope_base: share of each head that rotates; base of its frequencies.
         rope_scaling: for longer texts than the first training's, see `RopeScaling`.
+        sliding_window: positions that a token sees, its own included; None: all earlier ones.
+        window_layers: the layers of which that holds; None: all.
         norm_eps: of the RMS norms.
         norm: of the blocks: "rms", or "parameter_free" LayerNorm (the final norm then has weights).
         tie_embeddings: the output projection is the embedding.
@@ -88,6 +91,8 @@ class DecoderConfig(MethodHost):
     rotary_fraction: float = 1.0
     rope_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    window_layers: list[int] | None = None
     norm: Literal["rms", "parameter_free"] = "rms"
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
@@ -100,7 +105,7 @@ class DecoderConfig(MethodHost):
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.num_layers > MOST_LAYERS:
             raise ValueError(f"num_layers={self.num_layers}: must be at most {MOST_LAYERS}")
-        for name in ("head_dim", "ffn_dim"):
+        for name in ("head_dim", "ffn_dim", "sliding_window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not self.rope_base > 0:
@@ -120,7 +125,16 @@ class DecoderConfig(MethodHost):
             raise ValueError(f"qk_norm={self.qk_norm!r}: must be true, false or projection")
         if self.norm not in ("rms", "parameter_free"):
             raise ValueError(f"norm={self.norm!r}: must be rms or parameter_free")
+        if self.window_layers is not None:
+            listed_layers(self.window_layers, self.num_layers, key="window_layers")
+            if self.sliding_window is None:
+                raise ValueError(f"window_layers={self.window_layers}: needs sliding_window")
         self.check_methods(self.num_layers)
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a token sees in a layer; None: all earlier ones."""
+        slides = self.window_layers is None or layer in self.window_layers
+        return self.sliding_window if slides else None
 
     @property
     def kv_heads(self) -> int:
@@ -380,6 +394,7 @@ def build_layer(config: DecoderConfig, index: int, mesh: Mesh) -> nn.Module:
         rotary_fraction=config.rotary_fraction,
         rope_base=config.rope_base,
         rope_scaling=config.rope_scaling,
+        window=config.window(index),
         make_input=linears.input,
         make_output=linears.output,
         mesh=mesh,

@@ -57,6 +57,8 @@ class Family:
         qk_norm: as of DecoderConfig.
         any_head_dim: a head may have another width than D / heads.
         experts: their names; None: all feed-forwards are dense.
+        windows: sliding windows in all layers, or in those that the setting layer_types names.
+        fused: queries, keys and values are one tensor, and so are gate and up.
         defaults: of settings that a config.json may leave out, where they are not `_DEFAULTS`.
     """
 
@@ -66,6 +68,8 @@ class Family:
     qk_norm: bool | Literal["projection"] = False
     any_head_dim: bool = True
     experts: ExpertNames | None = None
+    windows: Literal["all", "listed"] | None = None
+    fused: bool = False
     defaults: Mapping[str, Any] | None = None
 
 
@@ -86,14 +90,36 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "mistral",
         "MistralForCausalLM",
+        windows="all",
         defaults={"max_position_embeddings": 4096 * 32, "sliding_window": 4096},
     ),
-    Family("qwen2", "Qwen2ForCausalLM", bias=True, defaults={"max_position_embeddings": 32768}),
-    Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, defaults={"max_position_embeddings": 32768}),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        bias=True,
+        windows="listed",
+        defaults={"max_position_embeddings": 32768},
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        qk_norm=True,
+        windows="listed",
+        defaults={"max_position_embeddings": 32768},
+    ),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        any_head_dim=False,
+        windows="all",
+        fused=True,
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    ),
     Family(
         "mixtral",
         "MixtralForCausalLM",
         experts=_MIXTRAL,
+        windows="all",
         defaults={
             "max_position_embeddings": 4096 * 32,
             "rms_norm_eps": 1e-5,
@@ -148,7 +174,6 @@ _PLAIN = {
     "clip_qkv": (None,),
     "quantization_config": (None,),
 }
-_WINDOWS = ("mistral", "mixtral")
 
 
 def family_named(name: Any) -> Family:
@@ -187,15 +212,17 @@ def read_settings(settings: Mapping[str, Any]) -> DecoderConfig:
         if name in given:
             _check_count(given, name)
     base, scaling = _rotary(given)
-    window = _window(family, given)
+    window, layers = _window(family, given, settings)
     length = given["max_position_embeddings"]
     heads, dim = given["num_attention_heads"], given["hidden_size"]
     head_dim = given.get("head_dim")
     bias = given.get(family.bias, True) if isinstance(family.bias, str) else family.bias
     config = DecoderConfig(
         **{ours: given[theirs] for theirs, ours in _SETTINGS.items()}
-        # Within the window, and before a scaling by length begins, nothing differs.
-        | {"max_seq_len": length if window is None else min(window, length)},
+        # Before a scaling by length begins, nothing differs.
+        | {"max_seq_len": length},
+        sliding_window=window,
+        window_layers=layers,
         num_kv_heads=given.get("num_key_value_heads") or heads,
         head_dim=None if head_dim in (None, dim // heads) else head_dim,
         ffn_dim=given[width],
@@ -226,7 +253,8 @@ def family_of(config: DecoderConfig) -> Family:
             return family
     raise ValueError(
         "no model of transformers that is known here computes what this decoder does: dense ones "
-        "are Llama, Qwen 2 (biases) and Qwen 3 (qk_norm), all with rms norms; those with experts "
+        "are Llama, Mistral (sliding_window in every layer), Qwen 2 (biases) and Qwen 3 (qk_norm), "
+        "both with window_layers too, all with rms norms; those with experts "
         "have a linear router, softmax and SwiGLU, and are Mixtral (experts in every layer, "
         "renormalised), Qwen3-MoE (qk_norm), OLMoE (qk_norm=projection) or Qwen2-MoE (a shared "
         "expert with its gate)"
@@ -258,6 +286,12 @@ def write_settings(family: Family, config: DecoderConfig) -> dict[str, Any]:
         settings["rope_scaling"] = rope  # transformers 4 reads this
     if family.any_head_dim:
         settings["head_dim"] = config.head_dim or config.dim // config.num_heads
+    if config.sliding_window is not None and family.windows is not None:
+        settings["sliding_window"] = config.sliding_window
+        if family.windows == "listed":
+            slides = [config.window(n) is not None for n in range(config.num_layers)]
+            kinds = [f"{'sliding' if one else 'full'}_attention" for one in slides]
+            settings |= {"use_sliding_window": True, "layer_types": kinds}
     if isinstance(family.bias, str):
         settings[family.bias] = config.attention_bias
     experts: MixtureOfExpertsConfig | None = config.mixture_of_experts
@@ -334,15 +368,30 @@ def _rotary(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     return base, RopeScaling(rope_type=kind, **options)
 
 
-def _window(family: Family, given: Mapping[str, Any]) -> int | None:
-    """Tokens that attention sees, where some layer does not see all."""
-    window = given.get("sliding_window")
-    slides = given.get("use_sliding_window", family.name in _WINDOWS)
-    slides = slides or "sliding_attention" in (given.get("layer_types") or ())
-    if not slides or window is None:
-        return None
-    _check_count(given, "sliding_window")
-    return int(window)
+def _window(
+    family: Family, given: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[int | None, list[int] | None]:
+    """Positions that a token sees, and the layers of which that holds (None: all)."""
+    window = settings["sliding_window"] if "sliding_window" in settings else given["sliding_window"]
+    slides = given.get("use_sliding_window", family.windows == "all")
+    kinds = given.get("layer_types")
+    if window is None or not (slides or "sliding_attention" in (kinds or ())):
+        return None, None
+    _check_count({"sliding_window": window}, "sliding_window")
+    if window >= given["max_position_embeddings"]:
+        return None, None
+    if family.windows is None:
+        raise ValueError(f"sliding_window={window}: must be null for model_type={family.name}")
+    count = given["num_hidden_layers"]
+    if family.windows == "all":
+        return window, None
+    if kinds is None:
+        layers = list(range(given.get("max_window_layers", 28), count))
+    else:
+        layers = [n for n, kind in enumerate(kinds) if kind == "sliding_attention"]
+    if not layers:
+        return None, None
+    return window, None if layers == list(range(count)) else layers
 
 
 def _read_experts(names: ExpertNames, given: Mapping[str, Any]) -> MixtureOfExpertsConfig | None:
@@ -397,6 +446,9 @@ def _function(config: DecoderConfig) -> DecoderConfig:
         num_kv_heads=config.kv_heads,
         head_dim=config.head_dim or config.dim // config.num_heads,
         ffn_dim=config.ffn_width,
+        window_layers=None
+        if config.sliding_window is None
+        else [n for n in range(config.num_layers) if config.window(n) is not None],
         recompute=False,
     )
     experts: MixtureOfExpertsConfig | None = config.mixture_of_experts

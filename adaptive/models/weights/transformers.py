@@ -8,7 +8,7 @@ entry `adaptive` in the settings: a model of `adaptive.hub`, as its `save_pretra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -125,7 +125,8 @@ def from_transformers(
     ours: dict[str, Tensor] = {}
     head, used = _WHOLE["output.weight"], set()
     copy: Tensor | None = None
-    for theirs, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+    given = weights.items() if isinstance(weights, Mapping) else weights
+    for theirs, tensor in _apart(given, config):
         if theirs.endswith("rotary_emb.inv_freq"):
             continue
         if theirs == head and config.tie_embeddings:
@@ -243,6 +244,37 @@ def _published(
         for expert in range(place.shape[0])
         for part, index in parts
     ]
+
+
+def _apart(
+    weights: Iterable[tuple[str, Tensor]], config: DecoderConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors, those that hold several of a layer's products (Phi-3) as views of each."""
+    width = config.head_dim or config.dim // config.num_heads
+    rows = {
+        "qkv_proj": dict(
+            zip(
+                ("q_proj", "k_proj", "v_proj"),
+                (config.num_heads * width, *[config.kv_heads * width] * 2),
+                strict=True,
+            )
+        ),
+        "gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), config.ffn_width),
+    }
+    for theirs, tensor in weights:
+        before, _, part = theirs.removesuffix(".weight").rpartition(".")
+        parts = rows.get(part)
+        # Experts are stacked under the second name, and are one tensor of ours.
+        if parts is None or not theirs.endswith(".weight"):
+            yield theirs, tensor
+            continue
+        if tensor.shape[0] != sum(parts.values()):
+            raise ValueError(
+                f"{theirs} of shape {list(tensor.shape)}: must have {sum(parts.values())} rows by "
+                "the settings"
+            )
+        for name, piece in zip(parts, tensor.split(list(parts.values())), strict=True):
+            yield f"{before}.{name}.weight", piece
 
 
 def _without_routing(config: DecoderConfig) -> tuple[DecoderConfig, list[Method]]:

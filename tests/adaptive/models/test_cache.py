@@ -30,6 +30,7 @@ CONFIGS = {
     "mixture_of_depths_ffn": dataclasses.replace(
         DENSE, mixture_of_depths=MixtureOfDepthsConfig(capacity=0.5, granularity="ffn")
     ),
+    "sliding_windows": dataclasses.replace(ROUTED, sliding_window=7, window_layers=[0, 3]),
     "mixture_of_depths_and_experts": dataclasses.replace(
         ROUTED, mixture_of_experts=MixtureOfExpertsConfig(num_experts=4)
     ),

@@ -9,9 +9,16 @@ from adaptive.routing.layout import TokenLayout
 
 
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, queries: TokenLayout, keys: TokenLayout, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: TokenLayout,
+    keys: TokenLayout,
+    causal: bool,
+    window: int | None = None,
 ) -> Tensor:
     """softmax(q·k / √h) v over the keys of the same sequence at earlier or equal positions."""
+    window = 10**9 if window is None else window
     group = q.shape[1] // k.shape[1]
     q_ids, k_ids = queries.sequence_ids.tolist(), keys.sequence_ids.tolist()
     q_at, k_at = queries.positions.tolist(), keys.positions.tolist()
@@ -20,7 +27,7 @@ def written_out(
         seen = [
             j
             for j in range(k.shape[0])
-            if k_ids[j] == q_ids[i] and (not causal or k_at[j] <= q_at[i])
+            if k_ids[j] == q_ids[i] and (not causal or q_at[i] - window < k_at[j] <= q_at[i])
         ]
         heads = []
         for head in range(q.shape[1]):
@@ -34,15 +41,17 @@ def written_out(
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [1, 7, 3], [0, 4], [3]])
-@pytest.mark.parametrize("causal", [True, False])
-def test_self_attention_of_packed_sequences(lengths: list[int], causal: bool) -> None:
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 1), (True, 3)])
+def test_self_attention_of_packed_sequences(
+    lengths: list[int], causal: bool, window: int | None
+) -> None:
     torch.manual_seed(0)
     layout = TokenLayout.from_lengths(lengths)
     tokens = sum(lengths)
     q = torch.randn(tokens, 4, 6, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(tokens, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    got = varlen_attention(q, k, v, queries=layout, causal=causal)
-    expected = written_out(q, k, v, layout, layout, causal)
+    got = varlen_attention(q, k, v, queries=layout, causal=causal, window=window)
+    expected = written_out(q, k, v, layout, layout, causal, window)
     torch.testing.assert_close(got, expected)
     grad = torch.randn_like(got)
     for ours, theirs in zip(
@@ -78,7 +87,8 @@ def test_fewer_queries_than_keys_follow_original_positions(taken: list[int], cau
         assert all(not g.any() for g in ours)
 
 
-def test_many_queries_cross_chunk_borders_and_may_precede_every_key() -> None:
+@pytest.mark.parametrize("window", [None, 40])
+def test_many_queries_cross_chunk_borders_and_may_precede_every_key(window: int | None) -> None:
     torch.manual_seed(0)
     queries = TokenLayout.from_lengths([150])
     # Keys of every third place from 5 on, in any order: a cache need not be sorted.
@@ -89,9 +99,10 @@ def test_many_queries_cross_chunk_borders_and_may_precede_every_key() -> None:
     k, v = (
         torch.randn(len(places), 1, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)
     )
-    got = varlen_attention(q, k, v, queries=queries, keys=keys)
+    got = varlen_attention(q, k, v, queries=queries, keys=keys, window=window)
+    behind = torch.arange(150)[:, None] - places[None]
     scores = (q[:, 0] @ k[:, 0].T / 2**0.5).masked_fill(
-        places[None] > torch.arange(150)[:, None], -torch.inf
+        (behind < 0) | (behind >= (window or 150)), -torch.inf
     )
     expected = scores[5:].softmax(-1) @ v[:, 0]
     torch.testing.assert_close(got[5:, 0], expected)
