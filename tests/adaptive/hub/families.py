@@ -49,6 +49,7 @@ DEPTHS: list[tuple[str, dict[str, Any]]] = [
     ("skip_layer", {"keys": "all"}),
     ("early_exit", {}),
     ("early_exit", {"keys": "all"}),
+    ("mixture_of_depths", {"capacity": 0.5, "keys": "all"}),
 ]
 """Methods that choose tokens for whole layers, and their options."""
 
