@@ -3,9 +3,9 @@
     python -m launch.convert transformers MODEL --output RUN
 
 MODEL is a folder as `save_pretrained` writes it (config.json, *.safetensors, tokenizer.json), or a
-.gguf file: Llama, Mistral, Qwen 2 and 3, Phi-3, Mixtral, Qwen 2 and 3 with experts, OLMoE, and those of
-`adaptive.hub`. RUN is sampled by launch.generate, trained on by the line that is printed, and
-taken by every other conversion.
+.gguf file: Llama, Mistral, Qwen 2 and 3, Phi-3, Mixtral, Qwen 2 and 3 with experts, OLMoE, and
+those of `adaptive.hub`. RUN is sampled by launch.generate, trained on by the line that is printed,
+and taken by every other conversion.
 """
 
 from __future__ import annotations
