@@ -22,10 +22,16 @@ from adaptive.models.decoder.generate import (
     non_causal_layers,
 )
 from adaptive.models.decoder.model import Decoder
-from launch.checkpoint.models import SavedDecoder, add_checkpoint, add_device, load_decoder
+from launch.checkpoint.models import (
+    SavedDecoder,
+    SavedModel,
+    add_checkpoint,
+    add_device,
+    load_language_model,
+)
 from launch.data.prompts import first_tokens
 from launch.data.tokenizer import Tokenizer
-from launch.generation import depth, prompts
+from launch.generation import depth, hub, prompts
 from launch.generation.text import RoutingWriter, TextWriter
 from launch.run.errors import BadInput, OneLineParser, program
 from launch.run.options import check_counts, check_seed
@@ -87,8 +93,12 @@ def write_text(options: argparse.Namespace) -> None:
     check_counts(options, "max_tokens")
     check_seed(options.seed)
     many, other_depth = prompts.wanted(options), depth.wanted(options)
-    saved = load_decoder(options.checkpoint, device=options.device)
+    saved = load_language_model(options.checkpoint, device=options.device)
     model = saved.model
+    if not isinstance(saved, SavedDecoder) and (many or other_depth or options.show_routing):
+        name = "several prompts" if many else "--show-routing"
+        name = "options of depth" if other_depth else name
+        raise BadInput(f"{options.checkpoint}: is a model of transformers, which takes no {name}")
     looking_ahead = non_causal_layers(model)
     if looking_ahead and not options.allow_non_causal:
         raise BadInput(
@@ -97,25 +107,39 @@ def write_text(options: argparse.Namespace) -> None:
         )
     data = saved.config.data
     tokenizer = Tokenizer(data.tokenizer, data.end_of_text)
-    if many:
+    if many and isinstance(saved, SavedDecoder):
         _calibrate(options, saved)
         prompts.write_all(options, saved, tokenizer, sampling)
         return
     # Bytes, whatever they are: a prompt cut in the middle of a character is still a prompt.
     given = sys.stdin.buffer.read() if options.prompt == "-" else os.fsencode(options.prompt)
     prompt = first_tokens(data, tokenizer, given, where="--prompt")
-    try:
-        check_prompts(model, [prompt])
-    except ValueError as error:
-        raise BadInput(f"--{error}") from None
+    if isinstance(model, Decoder):
+        try:
+            check_prompts(model, [prompt])
+        except ValueError as error:
+            raise BadInput(f"--{error}") from None
     _calibrate(options, saved)
+    end = None if options.ignore_end else tokenizer.end
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(options.seed)
+    if not isinstance(model, Decoder):
+        hub.write_text(
+            saved,
+            prompt,
+            tokenizer,
+            sampling,
+            generator,
+            max_tokens=options.max_tokens,
+            end=end,
+            cached=not looking_ahead,
+        )
+        return
     if other_depth:
         depth.decode(options, model, tokenizer, prompt, sampling)
         return
-    generator = torch.Generator(model.embedding.weight.device).manual_seed(options.seed)
     begun, made = time.perf_counter(), None
     writer = RoutingWriter if options.show_routing else TextWriter
-    end = None if options.ignore_end else tokenizer.end
     out = writer(tokenizer, sys.stdout, layers=len(model.layers), end=end)
     try:
         for made in generate(
@@ -135,7 +159,7 @@ def write_text(options: argparse.Namespace) -> None:
     print(summary(model, made, seconds=time.perf_counter() - begun), file=sys.stderr)
 
 
-def _calibrate(options: argparse.Namespace, saved: SavedDecoder) -> None:
+def _calibrate(options: argparse.Namespace, saved: SavedModel) -> None:
     if not options.calibrate:
         return
     for name, threshold in calibrate_on_held_out(saved).items():
@@ -156,9 +180,9 @@ def summary(model: Decoder, made: Generation, *, seconds: float) -> str:
     )
 
 
-def calibrate_on_held_out(saved: SavedDecoder) -> dict[str, float]:
+def calibrate_on_held_out(saved: SavedModel) -> dict[str, float]:
     """Thresholds from the held-out rows of the run's own data, as training shows them."""
-    task, device = saved.task, saved.model.embedding.weight.device
+    task, device = saved.task, next(saved.model.parameters()).device
     rows = range(min(_CALIBRATION_ROWS, task.validation_rows))
     batches = [task.on_device(task.validation_batch(range(n, n + 1)), device) for n in rows]
     return calibrate(saved.model, batches, forward=lambda b: task.validation_sums(saved.model, b))

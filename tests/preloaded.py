@@ -23,6 +23,7 @@ for name in (
     "launch.run.parity",
     "launch.run.training",
     "launch.tasks.diffusion",
+    "launch.tasks.hub_language_model",
     "parallel.megatron",
     "tests.distributed.runs",
     "tests.distributed.subjects",

@@ -17,12 +17,13 @@ from launch.run.sections import RunConfig
 from launch.run.terminal import announced
 from launch.run.trust import add_trust_option
 from launch.tasks import Task
+from launch.tasks.language_model import LanguageModelTask
 from launch.tasks.registry import make_task
 
 
 @dataclass(frozen=True)
-class SavedDecoder:
-    """The text decoder of a checkpoint.
+class SavedModel:
+    """The model of a checkpoint.
 
     Attributes:
         model: in evaluation mode.
@@ -31,10 +32,17 @@ class SavedDecoder:
         folder: the checkpoint.
     """
 
-    model: Decoder
+    model: nn.Module
     config: RunConfig
     task: Task
     folder: Path
+
+
+@dataclass(frozen=True)
+class SavedDecoder(SavedModel):
+    """The text decoder of a checkpoint."""
+
+    model: Decoder
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -58,12 +66,26 @@ def load_decoder(path: str | Path, *, device: str | None = "cpu") -> SavedDecode
     Raises:
         BadInput: no such device or checkpoint, or it holds another kind of model.
     """
+    saved = load_language_model(path, device=device)
+    if not isinstance(saved, SavedDecoder):
+        raise BadInput(f"{path}: holds a {type(saved.model).__name__}, not a text decoder of ours")
+    return saved
+
+
+def load_language_model(path: str | Path, *, device: str | None = "cpu") -> SavedModel:
+    """Read a run's decoder (then a SavedDecoder), or its causal model of transformers.
+
+    Args, Raises: as `load_decoder`.
+    """
     where = choose_device(device)
     folder = find_checkpoint(path)
     model, config = load_model(folder)
-    if not isinstance(model, Decoder):
+    model, task = model.to(where), make_task(config)
+    if isinstance(model, Decoder):
+        return SavedDecoder(model, config, task, folder)
+    if not isinstance(task, LanguageModelTask):
         raise BadInput(f"{path}: holds a {type(model).__name__}, not a text decoder")
-    return SavedDecoder(model.to(where), config, make_task(config), folder)
+    return SavedModel(model, config, task, folder)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,31 @@ def write_published(
     named = to_transformers(weights, config)
     if tokenizer is not None:
         settings |= {"eos_token_id": tokenizer.end}
+    with _whole_folder(folder) as part:
+        write_text_whole(part / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        _write_shards(named, part, shard_bytes)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, part)
+    return folder
+
+
+def save_hub(model: Any, folder: Path, *, tokenizer: Tokenizer, shard_bytes: int) -> Path:
+    """Write a model of transformers, adapted or not; see `write_published`."""
+    with _whole_folder(folder) as part:
+        model.save_pretrained(part, max_shard_size=shard_bytes)
+        write_tokenizer(tokenizer, part)
+    return folder
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside it that becomes `folder` when all of it is written."""
     part = folder.with_name(f".{folder.name}.part")
     if part.exists():
         shutil.rmtree(part)
     part.mkdir(parents=True)
-    write_text_whole(part / SETTINGS, json.dumps(settings, indent=2) + "\n")
-    _write_shards(named, part, shard_bytes)
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, part)
+    yield part
     part.rename(folder)
-    return folder
 
 
 def copy_tokenizer(source: Path, folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Write a decoder as a model of transformers.
+"""Write a decoder, or what task hub_lm trained, as a model of transformers.
 
     python -m launch.convert to_transformers RUN --output FOLDER
 
@@ -12,12 +12,15 @@ import argparse
 from pathlib import Path
 
 from adaptive.models.decoder.model import DecoderConfig
-from launch.checkpoint.files import find_checkpoint, read_whole
+from launch.checkpoint.files import find_checkpoint, load_model, read_whole
 from launch.checkpoint.models import add_checkpoint
-from launch.checkpoint.published import SHARD_BYTES, write_published
+from launch.checkpoint.published import SHARD_BYTES, save_hub, write_published
 from launch.data.tokenizer import Tokenizer
+from launch.run.config import load_saved
 from launch.run.errors import BadInput, as_bad_input
 from launch.run.writable import check_folder
+from launch.tasks.language_model import LanguageModelTask
+from launch.tasks.registry import make_task
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +39,16 @@ def convert(options: argparse.Namespace) -> Path:
     if options.shard_bytes < 1:
         raise BadInput(f"--shard-bytes={options.shard_bytes}: must be at least 1")
     check_folder("--output", output)
-    whole = read_whole(find_checkpoint(options.checkpoint), moments=False)
-    config, data = whole.config.model, whole.config.data
-    if not isinstance(config, DecoderConfig):
-        raise BadInput(f"{options.checkpoint}: holds no decoder")
+    folder = find_checkpoint(options.checkpoint)
+    task = make_task(load_saved(folder))
+    config, data = task.config.model, task.config.data
+    if not isinstance(task, LanguageModelTask):
+        raise BadInput(f"{options.checkpoint}: holds no language model")
     tokenizer = Tokenizer(data.tokenizer, data.end_of_text)
+    if not isinstance(config, DecoderConfig):
+        model, _ = load_model(folder)
+        return save_hub(model, output, tokenizer=tokenizer, shard_bytes=options.shard_bytes)
+    whole = read_whole(folder, moments=False)
     with as_bad_input(options.checkpoint):
         return write_published(
             whole.weights, config, output, tokenizer=tokenizer, shard_bytes=options.shard_bytes

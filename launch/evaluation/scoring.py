@@ -23,7 +23,7 @@ from adaptive.models.weights.transformers import decoder_config, loaded
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.tape import RoutingTape
-from launch.checkpoint.models import choose_device, load_decoder
+from launch.checkpoint.models import SavedDecoder, choose_device, load_language_model
 from launch.checkpoint.published import is_published, read_published, read_settings
 from launch.data.tokenizer import Tokenizer
 from launch.run.errors import BadInput
@@ -114,9 +114,12 @@ def open_scorer(path: str, *, device: str | None = None) -> Scorer:
     """
     folder = Path(path).expanduser()
     if not is_published(folder):
-        saved = load_decoder(path, device=device)
+        saved = load_language_model(path, device=device)
         data = saved.config.data
-        return DecoderScorer(saved.model, Tokenizer(data.tokenizer, data.end_of_text))
+        own = Tokenizer(data.tokenizer, data.end_of_text)
+        if isinstance(saved, SavedDecoder):
+            return DecoderScorer(saved.model, own)
+        return HubScorer(saved.model, own)
     if folder.suffix == ".gguf":
         raise BadInput(f"{path}: make a run of it first: launch.convert transformers {path}")
     where = choose_device(device)
@@ -124,7 +127,7 @@ def open_scorer(path: str, *, device: str | None = None) -> Scorer:
     try:
         decoder_config(read_settings(folder))
     except ValueError:
-        return HubScorer(folder, tokenizer, where)
+        return HubScorer(_read_hub(folder).to(where), tokenizer)
     weights, config = read_published(folder)
     return DecoderScorer(loaded(weights, config).to(where), tokenizer)
 
@@ -188,25 +191,10 @@ class DecoderScorer:
 class HubScorer:
     """A model of transformers, adapted or not; rows of a batch are padded on the right."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, device: torch.device) -> None:
-        try:
-            import transformers
+    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+        import adaptive.hub.flops
 
-            import adaptive.hub
-            import adaptive.hub.flops
-        except ImportError as error:
-            raise BadInput(
-                f"{folder}: needs the package {error.name}: "
-                "pip install 'adaptive-transformers[hub]'"
-            ) from None
-        try:
-            self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers raises anything
-            said = " ".join(str(error).split())
-            raise BadInput(f"{folder}: cannot be read: {said}") from None
-        self.model.to(device).eval()  # type: ignore[arg-type]
+        self.model = model.eval()
         self.tokenizer = tokenizer
         config = self.model.config.get_text_config()
         self.max_length = int(getattr(config, "max_position_embeddings", None) or 2048)
@@ -266,6 +254,26 @@ class HubScorer:
             self._count(self.model, counter, work, logits=logits)
         self.executed += float(executed.total().forward)
         self.nominal += float(nominal.total().forward)
+
+
+def _read_hub(folder: Path) -> Any:
+    """The causal language model of a folder, on the CPU in float32."""
+    try:
+        import transformers
+
+        import adaptive.hub  # noqa: F401  (registers adapted models)
+    except ImportError as error:
+        raise BadInput(
+            f"{folder}: needs the package {error.name}: pip install 'adaptive-transformers[hub]'"
+        ) from None
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises anything
+        said = " ".join(str(error).split())
+        raise BadInput(f"{folder}: cannot be read: {said}") from None
 
 
 def _without_end(ids: list[int], end: int | None) -> list[int]:

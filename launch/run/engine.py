@@ -146,7 +146,7 @@ class Engine:
     def step(self, learning_rate: float) -> None:
         """To be called after every backward; takes an optimizer step after the last of a batch."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         with region("step"):
             self._engine.step()
         # Not after the first step: fp16 skips steps that overflow, and leaves no moments then.

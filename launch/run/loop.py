@@ -278,6 +278,13 @@ class Loop:
             save_tensors(shared, folder / TASK_STATE)
         write_description(folder, self.state, self.config)
 
+    def begin(self) -> None:
+        """Take the weights that the task begins a run with. Collective."""
+        weights = self.task.first_weights()
+        if weights is not None:
+            whole = WholeState(weights, {}, {}, self.state, self.config)
+            self.engine.load_whole(whole, moments=False)
+
     def load(self, folder: Path, *, moments: bool = True, task_state: bool = True) -> None:
         """Continue from a checkpoint, of any ranks and ZeRO stage. Collective.
 

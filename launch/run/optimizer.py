@@ -13,18 +13,28 @@ Named = tuple[str, nn.Parameter]
 
 
 def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, object]]:
-    """Two groups for AdamW: matrices, which decay, and everything else, which does not.
+    """Groups for AdamW: matrices, which decay, and everything else, which does not.
 
-    A parameter of no elements has nothing to step; DeepSpeed's shards cannot hold it.
+    A parameter with an attribute `rate` is in groups of those that have the same, whose learning
+    rate is that share of the run's. One of no elements has nothing to step; DeepSpeed's shards
+    cannot hold it.
     """
     trained = [p for p in model.parameters() if p.requires_grad and p.numel()]
-    matrices = [p for p in trained if p.ndim >= 2]
-    others = [p for p in trained if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, object]] = []
+    for rate in sorted({rate_of(p) for p in trained}, reverse=True):
+        alike = [p for p in trained if rate_of(p) == rate]
+        matrices = [p for p in alike if p.ndim >= 2]
+        others = [p for p in alike if p.ndim < 2]
+        groups += [
+            {"params": matrices, "weight_decay": train.weight_decay, "rate": rate},
+            {"params": others, "weight_decay": 0.0, "rate": rate},
+        ]
     return [group for group in groups if group["params"]]
+
+
+def rate_of(parameter: nn.Parameter) -> float:
+    """The share of the run's learning rate that a parameter is trained at."""
+    return float(getattr(parameter, "rate", 1.0))
 
 
 def audit_groups(model: nn.Module, groups: Iterable[dict[str, object]]) -> str:
@@ -38,7 +48,8 @@ def audit_groups(model: nn.Module, groups: Iterable[dict[str, object]]) -> str:
     sizes = []
     for group in groups:
         parameters = list(group["params"])  # type: ignore[call-overload]
-        sizes.append((len(parameters), sum(p.numel() for p in parameters), group["weight_decay"]))
+        count = sum(p.numel() for p in parameters)
+        sizes.append((len(parameters), count, group["weight_decay"], group["rate"]))
         for parameter in parameters:
             seen[id(parameter)] = seen.get(id(parameter), 0) + 1
     for key, name in names.items():
@@ -46,8 +57,11 @@ def audit_groups(model: nn.Module, groups: Iterable[dict[str, object]]) -> str:
             raise ValueError(f"{name}: must be in one optimizer group, is in {seen.get(key, 0)}")
     if len(seen) != len(names):
         raise ValueError(f"optimizer: has {len(seen) - len(names)} parameters not of the model")
-    total = sum(count for _, count, _ in sizes)
-    parts = ", ".join(f"{n} tensors with weight decay {decay}" for n, _, decay in sizes)
+    total = sum(count for _, count, _, _ in sizes)
+    parts = ", ".join(
+        f"{n} tensors with weight decay {decay}" + (f" at {rate} of the rate" if rate != 1 else "")
+        for n, _, decay, rate in sizes
+    )
     return f"optimizer: {total:,} parameters, each in exactly one group ({parts})"
 
 

@@ -67,6 +67,8 @@ def check_run(config: RunConfig, *, ranks: int, speak: bool = False) -> None:
     elif config.checkpoint.weights is not None:
         weights = find_checkpoint(config.checkpoint.weights, checksums=False)
         check_same_model(meta_model(phases[0]), weights)
+    else:
+        make_task(phases[0], device="meta").check_first_weights()
 
 
 def _uncounted(config: RunConfig, model: nn.Module) -> str | None:

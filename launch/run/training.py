@@ -166,6 +166,8 @@ def _run_phase(
         changed = changed_settings(config, source) if state.phase_step else []
         if changed:
             progress.say(f"with other settings than it: {'; '.join(changed)}")
+    else:
+        loop.begin()
     asked = said_uncounted = False
     begun = loop.state.phase_step
     compiled = 0

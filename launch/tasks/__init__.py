@@ -94,6 +94,16 @@ class Task(ABC):
     def build_model(self) -> nn.Module:
         """The model, float32, from torch's default generator (the loop seeds it)."""
 
+    def check_first_weights(self) -> None:  # noqa: B027
+        """Check, before any rank starts, that `first_weights` can be made. Raises BadInput."""
+
+    def first_weights(self) -> dict[str, Tensor] | None:
+        """All tensors of the model that a run without a checkpoint begins with, float32.
+
+        The same on every rank. None: those of `build_model`.
+        """
+        return None
+
     @abstractmethod
     def batch(self, rows: range) -> Batch:
         """Training rows of the stream, on the CPU. A pure function of (seed, rows).

@@ -118,13 +118,20 @@ class LanguageModelTask(Task):
             yield source, source.packed_place(self.config.train.seed, index)
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses_T, targets = self.token_losses(model, batch)
+        self._add_sources(losses_T, targets, batch)
+        return losses_T.sum()
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy [T] of this rank's tokens, 0 where nothing is learnt, and all targets."""
         assert isinstance(model, Decoder)
         ids, targets, layout = _packed(batch)
-        losses_T = model.token_losses(ids, targets, layout=layout)
-        # A census has no gradients, and is of the same rows.
-        if len(self._by_source) > 1 and torch.is_grad_enabled():
-            self._by_source += self._sums_by_source(losses_T.detach(), targets, batch)
-        return losses_T.sum()
+        return model.token_losses(ids, targets, layout=layout), targets
+
+    def logits(self, model: nn.Module, ids_BS: Tensor, token_mask: Tensor | None) -> Tensor:
+        """[B, S, V], of texts that padding follows where `token_mask` is False."""
+        logits_BSV: Tensor = model(ids_BS, token_mask)
+        return logits_BSV
 
     def training_sums(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The loss of each source, where there are several."""
@@ -133,6 +140,11 @@ class LanguageModelTask(Task):
         if len(names) == 1:
             return {}
         return {name: (own[0], own[1]) for name, own in zip(names, sums, strict=True)}
+
+    def _add_sources(self, losses_T: Tensor, targets: Tensor, batch: Batch) -> None:
+        # A census has no gradients, and is of the same rows.
+        if len(self._by_source) > 1 and torch.is_grad_enabled():
+            self._by_source += self._sums_by_source(losses_T.detach(), targets, batch)
 
     def _sums_by_source(self, losses_T: Tensor, targets: Tensor, batch: Batch) -> Tensor:
         """Loss and targets of each source on this rank, float64 [sources, 2]."""
@@ -158,7 +170,7 @@ class LanguageModelTask(Task):
             return whole
         return grow_whole(whole, self.config.model)[0]
 
-    def work(self, batch: Batch) -> Work:
+    def work(self, batch: Batch) -> Work | None:
         if self._apart:
             return Work.of(layout_from_documents(batch["documents"])[0])
         return Work.dense(*batch["input_ids"].shape)
@@ -189,9 +201,7 @@ class LanguageModelTask(Task):
 
     def validation_sums(self, model: nn.Module, batch: Batch) -> Sums:
         """`loss`, and that of each source where there are several."""
-        assert isinstance(model, Decoder)
-        ids, targets, layout = _packed(batch)
-        losses_T = model.token_losses(ids, targets, layout=layout)
+        losses_T, targets = self.token_losses(model, batch)
         by_source = self._sums_by_source(losses_T, targets, batch)
         sums: Sums = {"loss": (losses_T.sum(), int(by_source[:, 1].sum()))}
         names = self.config.data.names
@@ -221,6 +231,7 @@ class LanguageModelTask(Task):
         made = continued(
             engine,
             list(prompts.values()),
+            logits=self.logits,
             tokens=asked.tokens,
             sampling=Sampling(asked.temperature),
             vocab_size=tokenizer.vocab_size,

@@ -63,14 +63,14 @@ def show_routing(
         if name.startswith("collapse/")
     }
     log.scalars(step, collapse)
-    layers = engine.model.get_submodule("layers")
-    assert isinstance(layers, nn.ModuleList)
-    for name, image_HWC in routing_pictures(records, texts, len(layers)).items():
+    layers = getattr(engine.model, "layers", None)
+    count = len(layers) if isinstance(layers, nn.ModuleList) else None
+    for name, image_HWC in routing_pictures(records, texts, count).items():
         log.image(step, f"routing/{name}", image_HWC)
 
 
 def routing_pictures(
-    records: list[RoutingRecord], texts: list[str], num_layers: int
+    records: list[RoutingRecord], texts: list[str], num_layers: int | None
 ) -> dict[str, Tensor]:
     """What there is to draw of one text: depth, if tokens skip layers; experts, if there are."""
     pictures = {}

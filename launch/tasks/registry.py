@@ -14,6 +14,7 @@ from parallel.mesh import Mesh
 
 _TASKS = {
     "language_model": "launch.tasks.language_model:LanguageModelTask",
+    "hub_lm": "launch.tasks.hub_language_model:HubLanguageModelTask",
     "diffusion": "launch.tasks.diffusion:DiffusionTask",
     "image_classification": "launch.tasks.image_classification:ImageClassificationTask",
 }

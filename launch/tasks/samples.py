@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,14 @@ def continued(
     engine: TrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
+    logits: Callable[[nn.Module, Tensor, Tensor], Tensor],
     tokens: int,
     sampling: Sampling,
     vocab_size: int,
     longest: int,
     end: int | None = None,
 ) -> list[list[int]]:
-    """What a decoder in training continues prompts with; every rank gets the same.
+    """What a model in training continues prompts with; every rank gets the same.
 
     Collective. Each token is a forward of the engine over the whole texts, since only those gather
     weights that ranks share (ZeRO 3); and rank 0 draws it, with a generator of its own.
@@ -30,6 +31,7 @@ def continued(
     Args:
         engine: holds the model.
         prompts: token ids, at least one each, the same on every rank.
+        logits: (model, ids, token mask) -> [B, S, V].
         tokens: to draw for each.
         sampling: how to draw.
         vocab_size: ids from here on are never drawn.
@@ -47,7 +49,8 @@ def continued(
         ]
         if not going:
             break
-        logits_GV = _next_logits(engine, [texts[place] for place in going])[:, :vocab_size]
+        among = [texts[place] for place in going]
+        logits_GV = _next_logits(engine, among, logits)[:, :vocab_size]
         drawn_G = sampling.draw(logits_GV, generator)
         if dist.is_initialized() and dist.get_world_size() > 1:
             on_device = drawn_G.to(engine.device)
@@ -59,7 +62,11 @@ def continued(
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def _next_logits(engine: TrainedModel, texts: Sequence[Sequence[int]]) -> Tensor:
+def _next_logits(
+    engine: TrainedModel,
+    texts: Sequence[Sequence[int]],
+    logits: Callable[[nn.Module, Tensor, Tensor], Tensor],
+) -> Tensor:
     """Logits behind each text, float32 [texts, V] on the CPU."""
     lengths = torch.tensor([len(text) for text in texts])
     width = int(lengths.max())
@@ -67,7 +74,7 @@ def _next_logits(engine: TrainedModel, texts: Sequence[Sequence[int]]) -> Tensor
     mask_BS = torch.arange(width) < lengths[:, None]
 
     def last(model: nn.Module, batch: Batch) -> Tensor:
-        logits_BSV: Tensor = model(batch["input_ids"], batch["token_mask"])
+        logits_BSV = logits(model, batch["input_ids"], batch["token_mask"])
         ends_B = batch["token_mask"].sum(1) - 1
         return logits_BSV[torch.arange(len(ends_B), device=ends_B.device), ends_B]
 
