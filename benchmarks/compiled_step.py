@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/compiled_step.py [--quick] [--only mod,dense] [--threads 2]
 
-Forward, backward and AdamW of each family at the size of recipes/mod_lm.yaml (D 192, 6 layers, 8
+Forward, backward and AdamW of each family at one size (D 192, 6 layers, 8
 rows of 256 tokens), of a DiT with SPRINT and a ViT that merges; eager and compiled steps in turn.
 `ratio` is the median over rounds of compiled / eager, `processor_ratio` that of processor time, in
 which other work on the machine does not count; `graphs` how many were compiled in all and

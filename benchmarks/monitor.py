@@ -110,7 +110,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, a smoke test")
     quick = parser.parse_args().quick
-    # The size of recipes/mod_lm.yaml.
     dim, layers, batch, seq_len, rounds = (32, 4, 2, 32, 2) if quick else (192, 6, 16, 256, 3)
     config = DecoderConfig(
         dim=dim,

@@ -31,6 +31,7 @@ from parallel.mesh import Mesh
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 RECIPE = ROOT / "recipes" / "mod_lm.yaml"
+WIDTH = ["model.dim=192", "model.num_heads=6"]  # of the recorded steps
 MESHES: dict[str, dict[str, Any]] = {
     "data": {"data": RANKS},
     "tensor": {"tensor": RANKS},
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps, nothing is written")
     quick = parser.parse_args().quick
     steps = 4 if quick else 12
-    config = load_config(RECIPE)
+    config = load_config(RECIPE, WIDTH)
     before = measure(RANKS, dim=config.model.dim)
     measured = {name: seconds_per_step(axes, steps) for name, axes in MESHES.items()}
     machine = between(before, measure(RANKS, dim=config.model.dim))
@@ -64,16 +65,26 @@ def main() -> None:
 
 def predicted(name: str, machine: Machine) -> float:
     """Seconds of a step."""
-    return plan(load_config(RECIPE), Mesh(**MESHES[name]), machine, mixed=False).seconds
+    return plan(load_config(RECIPE, WIDTH), Mesh(**MESHES[name]), machine, mixed=False).seconds
 
 
 def seconds_per_step(axes: dict[str, Any], steps: int) -> float:
     """Of the second half of a run's steps."""
     split = [f"parallel.{axis}={value}" for axis, value in axes.items() if axis != "data"]
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"output={folder}/run", f"train.steps={steps}", "monitor.tensorboard=false"]
+        words = [
+            *WIDTH,
+            f"output={folder}/run",
+            f"train.steps={steps}",
+            "monitor.tensorboard=false",
+        ]
         words += [f"train.log_every={steps // 2}", f"monitor.every={steps // 2}"]
-        words += ["train.evaluate_every=0", "train.calibrate_rows=0", "checkpoint.every=0"]
+        words += [
+            "monitor.tensorboard=false",
+            "train.evaluate_every=0",
+            "train.calibrate_rows=0",
+            "checkpoint.every=0",
+        ]
         command = [sys.executable, "-m", "launch.start", "--ranks", str(RANKS)]
         with Child(
             [*command, "--config", str(RECIPE), *words, *split],

@@ -178,7 +178,7 @@ def run(command: str, output: str) -> tuple[int, float, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_every_documented_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left_out = shutil.ignore_patterns(".git", ".venv", "runs", "shared", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, tmp_path / "copy", ignore=left_out)

@@ -22,8 +22,10 @@ FILES = sorted(RECIPES.glob("*.yaml"))
 def test_a_recipe_would_run(path: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(path.read_text())
     if "arms" in tree:
-        runs = plan_runs(load_comparison(path, [f"output={tmp_path}"]), RECIPES)
-        assert len(runs) == len(tree["arms"]) * len(tree["seeds"])
+        comparison = load_comparison(path, [f"output={tmp_path}"])
+        runs = plan_runs(comparison, RECIPES)
+        each = len(tree["seeds"]) * len(comparison.budgets) * max(len(comparison.sizes), 1)
+        assert len(runs) == len(tree["arms"]) * each
         return
     check_run(load_config(path, [f"output={tmp_path / 'run'}"]), ranks=2)
 
