@@ -56,6 +56,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.ragged = self.incomplete = False
         self._expected: Tensor | None = None
         self._beside: HeldKeys | None = None
+        self._tidy = True  # nothing is to be dropped after this forward
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -63,14 +64,18 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.columns = torch.zeros(key_states.shape[0], 0, dtype=torch.long, device=self.device)
         self.is_initialized = True
 
-    def expect(self, columns_BK: Tensor, beside: HeldKeys | None = None) -> None:
+    def expect(
+        self, columns_BK: Tensor, beside: HeldKeys | None = None, *, whole: bool = False
+    ) -> None:
         """The next `update` brings tokens of these columns; -1 where a row has none.
 
         Args:
             columns_BK: int64.
             beside: tokens that it does not bring, and that are held before those.
+            whole: it is known that no row lacks a token.
         """
         self._expected, self._beside = columns_BK, beside
+        self._tidy = self._tidy and whole and not self.is_sliding
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -105,7 +110,7 @@ class RoutedCacheLayer(CacheLayerMixin):
     def advance(self, tokens: int) -> None:
         """The text has so many columns more; what no later token can see is dropped.
 
-        Synchronises with the host once.
+        Synchronises with the host once, where there may be anything to drop.
 
         Raises:
             ValueError: the layer did not use the cache.
@@ -116,6 +121,9 @@ class RoutedCacheLayer(CacheLayerMixin):
                 "use_cache=False"
             )
         self.length += tokens
+        tidy, self._tidy = self._tidy and not self.is_sliding, True
+        if tidy:
+            return
         first = 0 if self.sliding_window is None else self.length - self.sliding_window + 1
         self._keep(first, self.length)
 
@@ -163,6 +171,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.keys = self.values = self.columns = self._expected = self._beside = None
         self.is_initialized = self.ragged = self.incomplete = False
         self.length = 0
+        self._tidy = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -17,12 +17,8 @@ def arguments_of(dense: type[nn.Module]) -> inspect.Signature:
 def named(
     arguments: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by their names, in the order of the forward's."""
-    given: dict[str, Any] = {}
-    for name, value in arguments.bind(*args, **kwargs).arguments.items():
-        variable = arguments.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-        given |= value if variable else {name: value}
-    return given
+    """The arguments of a call by their names."""
+    return {**dict(zip(arguments.parameters, args, strict=False)), **kwargs}
 
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")

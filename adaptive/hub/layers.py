@@ -47,15 +47,17 @@ class AdaptedLayer(nn.Module):
 
     Attributes:
         routing: the method's module.
-        dense: the layer's class before.
-        arguments: what its forward takes.
-        returns: what it returns beside hidden states, once seen: None or a tuple of Nones.
+        dense_class: the layer's class before.
+        call_arguments: what its forward takes.
+        attention_path: of its attention.
+        returns_beside: what it returns beside hidden states, once seen: None or a tuple of Nones.
     """
 
-    returns: Any = ...
+    returns_beside: Any = ...
+    attention_path: str
     routing: RoutedBlock
-    dense: type[Any]
-    arguments: inspect.Signature
+    dense_class: type[Any]
+    call_arguments: inspect.Signature
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = LayerCall(self, args, kwargs)
@@ -86,9 +88,9 @@ class LayerCall:
 
     def __init__(self, layer: AdaptedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.layer = layer
-        self.attention = attentions(layer)[0]
-        self.arguments = named(layer.arguments, args, kwargs)
-        self.hidden: Tensor = self.arguments.pop(next(iter(layer.arguments.parameters)))
+        self.attention: Any = layer.get_submodule(layer.attention_path)
+        self.arguments = named(layer.call_arguments, args, kwargs)
+        self.hidden: Tensor = self.arguments.pop(next(iter(layer.call_arguments.parameters)))
         self.mask = self.arguments.pop("attention_mask", None)
         self.token_mask = token_mask(self.mask, *self.hidden.shape[:2])
         self.place: RoutedCacheLayer | None = None
@@ -114,7 +116,7 @@ class LayerCall:
         place = self.cache
         if beside is not None and place is None:
             place = RoutedCacheLayer()
-            arguments[cache_argument(self.layer.arguments)] = OneLayer(place)
+            arguments[cache_argument(self.layer.call_arguments)] = OneLayer(place)
         ragged = not (layout.uniform and layout.max_seqlen)
         arguments["attention_mask"] = self._mask(columns_BK, place, beside, ragged=ragged)
         return arguments
@@ -125,7 +127,7 @@ class LayerCall:
             return None
         arguments, columns_BK = self._of(layout)
         arguments["attention_mask"] = None
-        arguments[cache_argument(self.layer.arguments)] = OneLayer(KeysOnly())
+        arguments[cache_argument(self.layer.call_arguments)] = OneLayer(KeysOnly())
         try:
             self.layer.dense_forward(to_rows(hidden_RD, layout), **arguments)
         except KeysMade as made:
@@ -133,7 +135,7 @@ class LayerCall:
             columns_BK = torch.where(columns_BK >= 0, columns_BK + earlier, -1)
             return HeldKeys(made.keys, made.values, columns_BK)
         raise ValueError(
-            f"{self.layer.dense.__name__}: its attention gives no keys to a cache; "
+            f"{self.layer.dense_class.__name__}: its attention gives no keys to a cache; "
             "keys must be 'executing'"
         )
 
@@ -142,6 +144,8 @@ class LayerCall:
 
         A layout's positions count from each row's first valid token.
         """
+        if self.hidden.shape[1] == 1 and layout.uniform and layout.max_seqlen == 1:
+            return dict(self.arguments), layout.positions.new_zeros(layout.batch_size, 1)
         columns_BK = to_rows(layout.positions[:, None], layout)[..., 0]
         if self.token_mask is not None:
             valid_first_BS = (~self.token_mask).int().argsort(dim=1, stable=True)
@@ -173,7 +177,7 @@ class LayerCall:
         if place is not None:
             held, earlier = place.columns, place.length
             keys_BN = torch.where(columns_BK >= 0, columns_BK + earlier, -1)
-            place.expect(keys_BN, beside)
+            place.expect(keys_BN, beside, whole=not ragged and beside is None)
             ragged = ragged or place.ragged
             before = [] if held is None else [held]
             before += [] if beside is None else [beside.columns]
@@ -199,7 +203,7 @@ class LayerCall:
         names = [n for n, value in self.arguments.items() if isinstance(value, Cache)]
         if not names:
             return None
-        name, index = self.layer.dense.__name__, layer_index(self.attention)
+        name, index = self.layer.dense_class.__name__, layer_index(self.attention)
         cache = self.arguments[names[0]]
         if index is None or isinstance(cache, EncoderDecoderCache):
             raise ValueError(
@@ -224,7 +228,7 @@ class LayerCall:
     def _refuse_unknown(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.dim() and name not in _OF_TOKENS:
             raise ValueError(
-                f"{self.layer.dense.__name__}: its model gives it {name} of shape "
+                f"{self.layer.dense_class.__name__}: its model gives it {name} of shape "
                 f"{list(value.shape)}, and which of it belongs to the chosen tokens is not known"
             )
 
@@ -279,8 +283,12 @@ class DenseLayer(nn.Module):
             beside = call.keys_of(pack(packed, others.indices), others.layout)
             packed, layout = pack(packed, queries.indices), queries.layout
         layer = call.layer
-        if not layout.max_seqlen and not torch.is_grad_enabled() and layer.returns is not ...:
-            call.rest = layer.returns
+        if (
+            not layout.max_seqlen
+            and not torch.is_grad_enabled()
+            and layer.returns_beside is not ...
+        ):
+            call.rest = layer.returns_beside
             if beside is not None and call.cache is not None:
                 call.cache.hold(beside)
             return packed
@@ -289,7 +297,7 @@ class DenseLayer(nn.Module):
             output, *rest = output
             call.rest = tuple(rest)
         if all(part is None for part in call.rest or ()):
-            layer.returns = call.rest
+            layer.returns_beside = call.rest
         return from_rows(output, layout)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
@@ -306,6 +314,8 @@ def route_layer(layer: nn.Module, routing: RoutedBlock) -> None:
         routing: a method's module, built around a `DenseLayer`.
     """
     weight = next(p for p in layer.parameters() if p.is_floating_point())
+    (attention,) = attentions(layer)
+    layer.attention_path = next(n for n, m in layer.named_modules() if m is attention)
     layer.__class__ = _adapted(type(layer))
     layer.routing = routing.to(weight.device, weight.dtype).train(layer.training)
 
@@ -370,7 +380,7 @@ def _reason_against(layer: nn.Module) -> str | None:
 
 def _adapted(dense: type[Any]) -> type[AdaptedLayer]:
     if dense not in _ADAPTED:
-        given = {"dense": dense, "arguments": arguments_of(dense)}
+        given = {"dense_class": dense, "call_arguments": arguments_of(dense)}
         _ADAPTED[dense] = type(f"Adapted{dense.__name__}", (AdaptedLayer, dense), given)
     return _ADAPTED[dense]
 

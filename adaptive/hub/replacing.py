@@ -59,14 +59,14 @@ class MaskedLayer(nn.Module):
     """What a layer's class derives from first, so that its feed-forward learns of padding.
 
     Attributes:
-        arguments: what its forward takes.
+        call_arguments: what its forward takes.
     """
 
-    arguments: inspect.Signature
+    call_arguments: inspect.Signature
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = named(self.arguments, args, kwargs)
-        hidden = given[next(iter(self.arguments.parameters))]
+        given = named(self.call_arguments, args, kwargs)
+        hidden = given[next(iter(self.call_arguments.parameters))]
         mask = given.get("attention_mask")
         set_before = _TOKENS.set(token_mask(mask, *hidden.shape[:2]))
         try:
@@ -172,7 +172,7 @@ def mask_layer(layer: nn.Module) -> None:
 
 def _masked(dense: type[Any]) -> type[MaskedLayer]:
     if dense not in _MASKED:
-        given = {"arguments": arguments_of(dense)}
+        given = {"call_arguments": arguments_of(dense)}
         _MASKED[dense] = type(f"Masked{dense.__name__}", (MaskedLayer, dense), given)
     return _MASKED[dense]
 

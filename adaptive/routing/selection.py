@@ -121,6 +121,19 @@ class Selection:
         )
 
     @staticmethod
+    def nothing(layout: TokenLayout) -> Selection:
+        """No token of `layout`."""
+        return Selection(
+            indices=layout.positions[:0],
+            cu_seqlens=torch.zeros_like(layout.cu_seqlens),
+            max_seqlen=0,
+            weights=None,
+            batch_size=layout.batch_size,
+            seq_len=layout.max_seqlen,
+            positions=layout.positions[:0],
+        )
+
+    @staticmethod
     def from_mask(chosen_T: Tensor, layout: TokenLayout) -> Selection:
         """Select the tokens of `layout` where `chosen_T` is True.
 
@@ -135,6 +148,11 @@ class Selection:
         Synchronises with the host once for all of them.
         """
         tokens, units = chosen_TU.shape
+        if tokens == layout.batch_size == 1:  # a text that grows by a token
+            return [
+                Selection.whole(layout) if taken else Selection.nothing(layout)
+                for taken in chosen_TU[0].tolist()
+            ]
         running = torch.zeros(tokens + 1, units, dtype=torch.int32, device=chosen_TU.device)
         running[1:] = chosen_TU.cumsum(0)
         cu_seqlens = running[layout.cu_seqlens.long()]
