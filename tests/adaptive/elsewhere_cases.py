@@ -38,6 +38,8 @@ from tests.elsewhere import DEVICE, elsewhere, moved
 REFERENCES = {"adaptive/ops/grouped_linear.py", "adaptive/ops/varlen_attention.py"}
 # Choices of variable size read one count a layer.
 WAITING = {
+    # Padding must be nobody's key, so that valid tokens are packed first.
+    "keys_of_all_tokens": {"adaptive/routing/selection.py", "adaptive/routing/layout.py"},
     "mixture_of_depths_and_experts": {"adaptive/routing/assignment.py"},
     "skip_layer": {"adaptive/routing/selection.py"},
     "sized_feed_forward": {"adaptive/routing/selection.py"},
