@@ -43,6 +43,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+STRANGERS: dict[str, dict[str, Any]] = {
+    "StableLm": {},
+    "Starcoder2": {},
+    "Cohere": {},
+    "Glm": {"head_dim": 8},
+    "Granite": {},
+    "Falcon": {},
+    "GPTNeoX": {},
+    "Phi": {},
+}
+"""Of families that nothing in the library names."""
+
 DEPTHS: list[tuple[str, dict[str, Any]]] = [
     ("mixture_of_depths", {"capacity": 0.5}),
     ("skip_layer", {}),

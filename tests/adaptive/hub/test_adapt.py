@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from adaptive import MixtureOfDepths, RoutingTape
 from adaptive.hub import adapt
-from tests.adaptive.hub.families import DEPTHS, FAMILIES, some_ids, tiny, trained
+from tests.adaptive.hub.families import DEPTHS, FAMILIES, STRANGERS, some_ids, tiny, trained
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # sums of another order
 
@@ -91,6 +92,25 @@ def test_later_tokens_padding_and_neighbours_change_nothing(
         assert all(record.tokens == 23 for record in tape.records)
         torch.testing.assert_close(beside[0, start : start + 9], logits[:9], **CLOSE)
         torch.testing.assert_close(beside[1, :9], logits[:9], **CLOSE)
+
+
+@pytest.mark.parametrize("family", STRANGERS)
+@torch.no_grad()
+def test_families_that_nothing_names_are_served_by_their_interface(family: str) -> None:
+    ids, other = some_ids(2), some_ids(2)
+    other[:, 9:] = 7
+    settings = STRANGERS[family]
+    expected = tiny(family, **settings)(ids).logits
+    for method, options in (DEPTHS[0], DEPTHS[2], DEPTHS[3]):
+        model = adapt(tiny(family, **settings), method, layers=[0, 2], **options)
+        if method == "early_exit":
+            torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+        logits = trained(model)(ids).logits
+        torch.testing.assert_close(model(other).logits[:, :9], logits[:, :9], **CLOSE)
+        torch.testing.assert_close(model(ids[:1]).logits, logits[:1], **CLOSE)
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        rest = model(ids[:, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(rest, logits[:, 9:], **CLOSE)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -180,6 +200,8 @@ def test_skipped_tokens_give_keys_and_gates_learn_by_the_formula(method: str) ->
     expected = torch.autograd.grad((formula * target).sum(), list(model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), got, expected, strict=True):
         torch.testing.assert_close(a, b, msg=name)
+    copied = copy.deepcopy(model.eval())  # gates of a forward are no part of a model
+    torch.testing.assert_close(copied(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(

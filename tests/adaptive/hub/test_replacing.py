@@ -11,21 +11,17 @@ import transformers
 
 from adaptive import RoutingTape
 from adaptive.hub import adapt
-from tests.adaptive.hub.families import FAMILIES, FEED_FORWARDS, some_ids, tiny, trained
+from tests.adaptive.hub.families import (
+    FAMILIES,
+    FEED_FORWARDS,
+    STRANGERS,
+    some_ids,
+    tiny,
+    trained,
+)
 
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 SPARSE = ("Mixtral", "Qwen3Moe")
-STRANGERS: dict[str, dict[str, Any]] = {
-    "StableLm": {},
-    "Starcoder2": {},
-    "Cohere": {},
-    "Glm": {"head_dim": 8},
-    "Granite": {},
-    "Falcon": {},
-    "GPTNeoX": {},
-    "Phi": {},
-}
-"""Of families that nothing in the library names."""
 SERVED = {family: {} for family in FAMILIES if family not in SPARSE} | STRANGERS
 
 
