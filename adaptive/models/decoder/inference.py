@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.blocks.feed_forward import SwiGLU
-from adaptive.blocks.mixture_of_depths import MixtureOfDepths, update_weights
+from adaptive.blocks.mixture_of_depths import ChoicePredictor, MixtureOfDepths, update_weights
 from adaptive.blocks.protocol import RoutedBlock
 from adaptive.blocks.skip_layer import EXECUTE, SkipLayer
 from adaptive.models.decoder.cache import Cache, LayerCache
@@ -350,6 +350,12 @@ class _Depths:
         self._module, self._inner, self._choices = module, inner, maker.choices
         self._name = maker.name(module)
         self._threshold = float(module.threshold)
+        self._predict: Callable[[Tensor], Tensor] | None = module.predictor
+        predictor = module.predictor
+        if type(predictor) is ChoicePredictor and _is_plain(predictor):
+            up = Product([predictor.up.weight], predictor.up.bias)
+            down = Product([predictor.down.weight], predictor.down.bias)
+            self._predict = lambda x_TD: down(F.gelu(up(x_TD))).squeeze(-1)
 
     def __call__(self, x_TD: Tensor, tokens: Tokens, cache: LayerCache) -> Tensor:
         module, inner = self._module, self._inner
@@ -357,10 +363,10 @@ class _Depths:
         if ffn:
             x_TD = inner.attend(x_TD, tokens, cache)
         logits_T: Tensor | None = None
-        if module.predictor is None:
+        if self._predict is None:
             causal_T = logits_T = module.router(x_TD).squeeze(-1)
         else:
-            causal_T = module.predictor(x_TD)
+            causal_T = self._predict(x_TD)
         chosen = [logit > self._threshold for logit in causal_T.tolist()]
         rows = [row for row, taken in enumerate(chosen) if taken]
         some = tokens.take(rows) if rows else None

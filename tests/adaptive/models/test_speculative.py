@@ -303,7 +303,7 @@ def test_ngrams_draft_what_followed_and_recycled_candidates_what_was_likeliest()
     assert run.propose([text]).isneginf().all()
     logits = run.verify([text], [6])
     # 5 stands twice: the later candidate stays.
-    assert int(draft.candidates[5]) == int(logits[4].argmax())
+    assert int(draft.candidates[5, 0]) == int(logits[4].argmax())
     assert int(draft.begin(Inference(model), 1).propose([[6]]).argmax()) == int(logits[5].argmax())
 
 

@@ -21,6 +21,7 @@ from adaptive.models.decoder.generate import check_whole
 from adaptive.models.decoder.inference import Inference
 from adaptive.models.decoder.model import Decoder
 from adaptive.models.decoder.speculation.exit_adapter import AdapterStep, ExitAdapter
+from adaptive.models.decoder.speculation.trees import Tree
 
 Rows = Sequence[Sequence[int]]
 """All tokens of each sequence, from the first; empty where a sequence rests."""
@@ -42,6 +43,26 @@ class DraftRun(Protocol):
         ...
 
 
+class TreeRun(DraftRun, Protocol):
+    """A generation whose drafts may be trees: all runs but that of an early exit."""
+
+    def retract(self, counts: Sequence[int]) -> None:
+        """The draft alone forgets all but the first tokens of each sequence."""
+        ...
+
+    def verify_trees(self, rows_B: Rows, trees_B: Sequence[Tree]) -> tuple[Tensor, list[int]]:
+        """The model's logits behind each row and each node of its tree; `keep_paths` must follow.
+
+        Returns:
+            [sum of N + 1, V], and where each sequence's begin.
+        """
+        ...
+
+    def keep_paths(self, paths_B: Sequence[Sequence[int]]) -> None:
+        """Of each tree keep some nodes; of a sequence that rests, give none."""
+        ...
+
+
 class Draft(Protocol):
     def begin(self, inference: Inference, batch_size: int) -> DraftRun:
         """A generation by a model, made ready.
@@ -50,6 +71,9 @@ class Draft(Protocol):
             ValueError: if the draft is not for this model.
         """
         ...
+
+
+_CANDIDATES = 8
 
 
 class ExitDraft:
@@ -118,9 +142,10 @@ class RecyclingDraft:
     The candidates of later generations are those of earlier ones: keep the object.
 
     Attributes:
-        candidates: int64 [V], the successor of each token; -1 of one not met yet.
+        candidates: int64 [V, up to 8] on the host, the likeliest successors of each token, the
+            likeliest first; -1 of one not met yet.
 
-    Source: Token Recycling, arXiv 2408.08696, as a chain of the first candidates.
+    Source: Token Recycling, arXiv 2408.08696, as a chain of the first candidates, or as a tree.
     """
 
     def __init__(self) -> None:
@@ -129,7 +154,7 @@ class RecyclingDraft:
     def begin(self, inference: Inference, batch_size: int) -> DraftRun:
         size = inference.model.config.vocab_size
         if self.candidates is None or len(self.candidates) != size:
-            self.candidates = torch.full((size,), -1)
+            self.candidates = torch.full((size, min(_CANDIDATES, size)), -1)
         return _RecyclingRun(inference, batch_size, self.candidates)
 
 
@@ -179,12 +204,38 @@ class _WholeRun:
 
     def __init__(self, inference: Inference, batch_size: int) -> None:
         self._target = _Layers(inference, batch_size)
+        self._starts: list[int] = []
 
     def verify(self, rows_B: Rows, wanted: Sequence[int]) -> Tensor:
         return self._target.whole(rows_B, wanted)
 
     def rewind(self, counts: Sequence[int]) -> None:
         self._target.rewind(counts)
+
+    def retract(self, counts: Sequence[int]) -> None:
+        return
+
+    def verify_trees(self, rows_B: Rows, trees_B: Sequence[Tree]) -> tuple[Tensor, list[int]]:
+        target = self._target
+        before = [row[:-1] for row in target.missing(rows_B)]
+        if any(before):
+            target.run(target.embed(before), [len(row) for row in before])
+        nodes = [
+            [row[-1], *t.tokens] if row else [] for row, t in zip(rows_B, trees_B, strict=True)
+        ]
+        seen = [t.ancestors() for row, t in zip(rows_B, trees_B, strict=True) if row]
+        self._starts = [sum(map(len, nodes[:index])) for index in range(len(nodes))]
+        depths = [
+            [0, *tree.depths()] if row else [] for row, tree in zip(rows_B, trees_B, strict=True)
+        ]
+        tokens = target.cache.next_tree(depths, torch.block_diag(*seen).bool())
+        hidden_TD = target.inference.run(target.embed(nodes), tokens, target.cache, target.layers)
+        return target.inference.logits(hidden_TD), self._starts
+
+    def keep_paths(self, paths_B: Sequence[Sequence[int]]) -> None:
+        pairs = zip(self._starts, paths_B, strict=True)
+        names = [[start + node for node in path] for start, path in pairs]
+        self._target.cache.keep(names)
 
     def _certain(self, tokens: Sequence[int]) -> Tensor:
         """Logits of a draft that is certain of each token; -1: of none."""
@@ -206,6 +257,9 @@ class _ModelRun(_WholeRun):
 
     def rewind(self, counts: Sequence[int]) -> None:
         super().rewind(counts)
+        self._small.rewind(counts)
+
+    def retract(self, counts: Sequence[int]) -> None:
         self._small.rewind(counts)
 
 
@@ -238,19 +292,29 @@ class _RecyclingRun(_WholeRun):
         self._candidates = candidates
 
     def propose(self, rows_B: Rows) -> Tensor:
-        return self._certain([int(self._candidates[row[-1]]) for row in rows_B if row])
+        return self._certain([int(self._candidates[row[-1], 0]) for row in rows_B if row])
+
+    def candidates_of(self, token: int) -> list[int]:
+        """What may follow a token, the likeliest first."""
+        return [found for found in self._candidates[token].tolist() if found >= 0]
 
     def verify(self, rows_B: Rows, wanted: Sequence[int]) -> Tensor:
         logits = super().verify(rows_B, wanted)
-        tokens = [
-            token
-            for row, count in zip(rows_B, wanted, strict=True)
-            for token in row[len(row) - count :]
-        ]
-        # One after the other: of a token that occurs twice, the later stays.
-        for token, best in zip(tokens, logits.argmax(-1).tolist(), strict=True):
-            self._candidates[token] = best
+        pairs = zip(rows_B, wanted, strict=True)
+        self._learn([token for row, count in pairs for token in row[len(row) - count :]], logits)
         return logits
+
+    def verify_trees(self, rows_B: Rows, trees_B: Sequence[Tree]) -> tuple[Tensor, list[int]]:
+        logits, starts = super().verify_trees(rows_B, trees_B)
+        pairs = zip(rows_B, trees_B, strict=True)
+        self._learn([t for row, tree in pairs if row for t in (row[-1], *tree.tokens)], logits)
+        return logits, starts
+
+    def _learn(self, tokens: list[int], logits_TV: Tensor) -> None:
+        # Of a token that occurs twice, the later stays.
+        place = {token: index for index, token in enumerate(tokens)}
+        best_T8 = logits_TV.topk(self._candidates.shape[1], -1).indices.cpu()
+        self._candidates[list(place)] = best_T8[list(place.values())]
 
 
 class _ExitRun:
@@ -307,6 +371,8 @@ class _ExitRun:
 
 def _last(x_TD: Tensor, lengths: Sequence[int], wanted: Sequence[int]) -> Tensor:
     """Rows of the last `wanted` tokens of each sequence."""
+    if list(lengths) == list(wanted):
+        return x_TD
     ends = torch.tensor(lengths).cumsum(0).tolist()
     rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
     return x_TD[torch.tensor(rows, dtype=torch.int64).to(x_TD.device)]
