@@ -9,7 +9,10 @@ from torch import nn
 
 
 def arguments_of(dense: type[nn.Module]) -> inspect.Signature:
-    """What a layer's forward takes, without self."""
+    """What a layer's forward takes, without self; of an adapted one, what its dense one's did."""
+    known: inspect.Signature | None = getattr(dense, "call_arguments", None)
+    if known is not None:
+        return known
     signature = inspect.signature(dense.forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 

@@ -35,7 +35,7 @@ from adaptive.hub.cache import (
     routed_cache_layer,
 )
 from adaptive.hub.calls import arguments_of, cache_argument, named
-from adaptive.hub.replacing import MaskedLayer
+from adaptive.hub.replacing import real_tokens
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import pack
 from adaptive.routing.layout import TokenLayout
@@ -53,6 +53,7 @@ class AdaptedLayer(nn.Module):
         returns_beside: what it returns beside hidden states, once seen: None or a tuple of Nones.
     """
 
+    tells_tokens = True  # to a MaskedLayer that it may be
     returns_beside: Any = ...
     attention_path: str
     routing: RoutedBlock
@@ -292,7 +293,8 @@ class DenseLayer(nn.Module):
             if beside is not None and call.cache is not None:
                 call.cache.hold(beside)
             return packed
-        output = layer.dense_forward(to_rows(packed, layout), **call.chosen(layout, beside))
+        with real_tokens(filled_columns(layout)):
+            output = layer.dense_forward(to_rows(packed, layout), **call.chosen(layout, beside))
         if isinstance(output, tuple):
             output, *rest = output
             call.rest = tuple(rest)
@@ -327,9 +329,9 @@ def refuse_layer(layer: nn.Module) -> None:
         raise ValueError(f"{type(layer).__name__}: {reason}")
 
 
-def refuse_changed(layer: nn.Module) -> None:
-    """Raise ValueError where a layer is adapted already, or is not called as its class says."""
-    if isinstance(layer, AdaptedLayer | MaskedLayer):
+def refuse_changed(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise ValueError where a layer is or has such a one, or is not called as its class says."""
+    if any(isinstance(module, kind) for module in layer.modules()):
         raise ValueError("is routed already")
     if "forward" in vars(layer):
         raise ValueError(
@@ -349,7 +351,7 @@ def refuse_attention(layer: nn.Module) -> None:
 
 def _reason_against(layer: nn.Module) -> str | None:
     try:
-        refuse_changed(layer)
+        refuse_changed(layer, AdaptedLayer)
         refuse_attention(layer)
     except ValueError as refusal:
         return str(refusal)

@@ -24,7 +24,12 @@ from adaptive.hub.layers import (
     route_layer,
     takes_queries,
 )
-from adaptive.hub.replacing import mask_layer, replaced_feed_forward, replaced_linears
+from adaptive.hub.replacing import (
+    AdaptedFeedForward,
+    mask_layer,
+    replaced_feed_forward,
+    replaced_linears,
+)
 from parallel.mesh import Mesh
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -53,7 +58,7 @@ def apply_method(model: M, config: Method, *, new: bool = False, takes: bool = T
     for index in chosen:
         layer, context = stack[index], _context(model, index, len(stack))
         with _named_by(layer), _in_float32():
-            refuse_changed(layer)
+            refuse_changed(layer, AdaptedFeedForward)
             found = find_feed_forward(layer, dim)
             if config.place == "linear":
                 refuse_attention(layer)

@@ -9,6 +9,8 @@ Shape legend: B sequences, S tokens, T = B*S, N taken pairs, D width.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -38,6 +40,16 @@ _TOKENS: ContextVar[Tensor | None] = ContextVar("tokens", default=None)
 """bool [B, S]: which tokens of the layer under way are no padding; None: all."""
 
 
+@contextmanager
+def real_tokens(mask_BS: Tensor | None) -> Iterator[None]:
+    """Say, for what is inside, which tokens are real; None: all."""
+    before = _TOKENS.set(mask_BS)
+    try:
+        yield
+    finally:
+        _TOKENS.reset(before)
+
+
 class AdaptedFeedForward(nn.Module):
     """In a layer, where its feed-forward was: the method's module, at `routing`."""
 
@@ -60,19 +72,19 @@ class MaskedLayer(nn.Module):
 
     Attributes:
         call_arguments: what its forward takes.
+        tells_tokens: who calls it says which tokens are real, by `real_tokens`.
     """
 
     call_arguments: inspect.Signature
+    tells_tokens = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.tells_tokens:
+            return super().forward(*args, **kwargs)
         given = named(self.call_arguments, args, kwargs)
         hidden = given[next(iter(self.call_arguments.parameters))]
-        mask = given.get("attention_mask")
-        set_before = _TOKENS.set(token_mask(mask, *hidden.shape[:2]))
-        try:
+        with real_tokens(token_mask(given.get("attention_mask"), *hidden.shape[:2])):
             return super().forward(*args, **kwargs)
-        finally:
-            _TOKENS.reset(set_before)
 
 
 class UnitExperts(nn.Module):

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import transformers
 
 from adaptive import RoutingTape
+from adaptive.flops import executed_flops
 from adaptive.hub import adapt
+from parallel.flop_formulas import torch_flop_counter
 from tests.adaptive.hub.families import (
     FAMILIES,
     FEED_FORWARDS,
@@ -177,8 +179,36 @@ def test_what_cannot_be_served_is_refused_in_one_line_and_left_as_it_was() -> No
         assert "\n" not in str(refusal.value)
         assert before == {name: type(module) for name, module in model.named_modules()}
     twice = adapt(tiny("Llama"), "sized_feed_forward", layers=[1])
-    for method in ("mixture_of_experts", "mixture_of_depths"):
-        options = {"schedule": [1]} if method == "mixture_of_depths" else {"layers": [1]}
-        with pytest.raises(ValueError, match="LlamaDecoderLayer: is routed already"):
-            adapt(twice, method, **options)
-    adapt(twice, "mixture_of_depths", layers=[2], capacity=0.5)
+    with pytest.raises(ValueError, match="LlamaDecoderLayer: is routed already"):
+        adapt(twice, "mixture_of_experts", layers=[1])
+
+
+@pytest.mark.parametrize("first", ["mixture_of_experts", "skip_layer"])
+@torch.no_grad()
+def test_experts_in_a_layer_that_routes_see_its_tokens_alone(first: str) -> None:
+    """Staged MoDE, whatever came first: rows of different lengths, padding, a cache, the ledger."""
+    kinds: dict[str, dict[str, Any]] = {
+        "mixture_of_experts": {"num_experts": 3},
+        "skip_layer": {"keys": "all"},
+    }
+    model = tiny("Llama", "eager")
+    for method in sorted(kinds, key=lambda name: name != first):
+        adapt(model, method, layers=[1, 2], **kinds[method])
+    trained(model)
+    ids, mask = some_ids(2), torch.ones(2, 14, dtype=torch.long)
+    mask[0, 9:] = 0
+    with RoutingTape(model) as tape:
+        logits = model(ids, attention_mask=mask).logits
+    depth = {r.name: int(r.executed) for r in tape.records if r.kind == "skip_layer"}
+    width = {r.name: int(r.tokens) for r in tape.records if r.kind == "mixture_of_experts"}
+    assert {f"model.layers.{n}.routing" for n in (1, 2)} == set(depth)
+    assert list(width.values()) == list(depth.values())
+    assert all(0 < count < 23 for count in width.values())
+    torch.testing.assert_close(model(ids[:1, :9]).logits, logits[:1, :9], **EXACT)
+    cache = model(ids[1:, :6], use_cache=True).past_key_values
+    rest = model(ids[1:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, logits[1:, 6:], **EXACT)
+    with torch_flop_counter(display=False) as counted, RoutingTape(model) as tape:
+        model(ids[1:], use_cache=False)
+    executed = float(executed_flops(model, tape.records, 1, 14))
+    assert executed == pytest.approx(counted.get_total_flops(), rel=1e-3)

@@ -50,6 +50,7 @@ def test_a_fresh_process_says_the_same(tmp_path: Path) -> None:
         trained(adapt(model, "early_exit", layers=[2, 3]))
         model.get_submodule(_layers(model) + ".1.routing").threshold.fill_(0.123456789)
     models["Llama-experts"] = adapt(tiny("Llama"), "mixture_of_experts", num_experts=3)
+    adapt(models["Llama-experts"], "skip_layer", layers=[1])
     adapt(model := tiny("GPT2"), "mixture_of_experts", layers=[0], num_experts=3)
     adapt(model, "mixture_of_experts", layers=[1], num_experts=3, new_weights=True)
     adapt(model, "adaptive_computation", layers=[2], num_learners=2)
