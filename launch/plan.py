@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_positive(options, "efficiency", *given)
     config = load_config(options.config, options.overrides)
     if not isinstance(config.model, DecoderConfig):
-        raise BadInput(f"task={config.task}: only language models can be planned")
+        raise BadInput(f"task={config.task}: only decoders (task language_model) can be planned")
     mixed = not options.float32
     machine = machine_of(
         options.machine,

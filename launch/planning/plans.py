@@ -81,7 +81,7 @@ def plan(config: RunConfig, mesh: Mesh, machine: Machine, *, mixed: bool = True)
     """
     model_config = config.model
     if not isinstance(model_config, DecoderConfig):
-        raise BadInput(f"task={config.task}: only language models can be planned")
+        raise BadInput(f"task={config.task}: only decoders (task language_model) can be planned")
     seq_len = config.data.seq_len
     micro, accumulation = batch_split(config, mesh.data)
     model = meta_model(config, mesh)

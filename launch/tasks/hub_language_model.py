@@ -41,12 +41,6 @@ class HubLanguageModelTask(LanguageModelTask):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        for axis in ("tensor", "context", "expert"):
-            if getattr(config.parallel, axis) > 1:
-                raise BadInput(
-                    f"parallel.{axis}={getattr(config.parallel, axis)}: must be 1, models of "
-                    "transformers are trained on the data axis alone (ZeRO shards their weights)"
-                )
         model, data = config.model, config.data
         if model.pretrained is not None and data.tokenizer == "bytes" and model.vocab_size > 256:
             raise BadInput(
@@ -71,6 +65,13 @@ class HubLanguageModelTask(LanguageModelTask):
         self._check_pretrained(self.config.model)
 
     def build_model(self) -> nn.Module:
+        for axis in ("tensor", "context", "expert"):
+            ranks = getattr(self.mesh, axis)
+            if ranks > 1:
+                raise BadInput(
+                    f"parallel.{axis}={ranks}: must be 1, models of transformers are trained on "
+                    "the data axis alone (ZeRO shards their weights)"
+                )
         model: HubModelConfig = self.config.model
         return model.adapted(model.dense())
 

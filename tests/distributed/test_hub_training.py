@@ -21,6 +21,7 @@ from launch.run.ranks import join_ranks
 from launch.run.trust import trust
 from launch.tasks import Batch
 from launch.tasks.hub_language_model import HubLanguageModelTask
+from parallel.mesh import Mesh
 from tests.distributed.runs import assert_same_norms, make_loop, tiny_config, train_few, write_text
 from tests.ranks import run_ranks
 
@@ -67,7 +68,7 @@ def adapted(folder: Path) -> Any:
     """The model that the launcher begins with."""
     config = from_mapping(hub_config(folder))
     torch.manual_seed(config.train.seed)
-    task = HubLanguageModelTask(config, mesh=None, device=torch.device("cpu"))  # type: ignore[arg-type]
+    task = HubLanguageModelTask(config, mesh=Mesh.single(), device=torch.device("cpu"))
     return task.build_model()
 
 

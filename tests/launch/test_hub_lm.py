@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +206,26 @@ def test_another_vocabulary_than_the_pretrained_models_is_refused(tmp_path: Path
         from_mapping(
             hub_config(tmp_path, model=model | {"settings": {"num_hidden_layers": 3}})
         ).model.first_weights(0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_short_form_of_the_recipe_comes_near_the_dense_model(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "recipes" / "adapt_lm.sh"
+    subprocess.run(
+        [script, "--short", "--ranks", "2", f"output={tmp_path}"],
+        check=True,
+        timeout=850,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+
+    def losses(run_folder: Path) -> list[float]:
+        lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+        return [line["validation/loss"] for line in lines if "validation/loss" in line]
+
+    adapted = losses(tmp_path / "adapted")
+    assert adapted[-1] < adapted[0]
+    assert adapted[-1] < losses(tmp_path / "first")[-1] + 0.05  # of the same rows
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert type(exported).__name__ == "AdaptedLlamaForCausalLM"
