@@ -157,8 +157,10 @@ class EarlyExit(RoutedBlock):
     def _forward_packed(
         self, hidden_TD: Tensor, layout: TokenLayout, valid: Tensor | None, kwargs: dict[str, Any]
     ) -> Tensor:
+        logits_T2 = None
         if self.router is not None:
-            self.staying.gates[self.exit] = self._gates(hidden_TD, valid)
+            logits_T2 = self.router(F.layer_norm(hidden_TD, hidden_TD.shape[-1:]))
+            self.staying.gates[self.exit] = self._gates(logits_T2)
         gates_T = self.staying.gates[self.exit]
         staying = decide(lambda: Selection.from_mask(gates_T > 0, layout))
         packed_RD = pack(hidden_TD, staying.indices)
@@ -170,13 +172,11 @@ class EarlyExit(RoutedBlock):
         out_TD = combine(hidden_TD, out_RD - packed_RD, staying.indices, gates_R)
         tape = current_tape()
         if tape is not None:
-            self._record(tape, staying, gates_T, valid, held_keys(kwargs))
+            self._record(tape, staying, gates_T, logits_T2, valid, held_keys(kwargs))
         return out_TD
 
-    def _gates(self, hidden_TD: Tensor, valid: Tensor | None) -> Tensor:
+    def _gates(self, logits_T2: Tensor) -> Tensor:
         """[T]: 1 where a token stays at this exit and has at those before it, else 0."""
-        assert self.router is not None
-        logits_T2 = self.router(F.layer_norm(hidden_TD, hidden_TD.shape[-1:]))
         noise = self.noise if self.training else 0.0
         choice = decide(lambda: gumbel_choice(logits_T2, noise=noise))
         forced_T = forced_choice(self, logits_T2.shape[0])
@@ -192,6 +192,7 @@ class EarlyExit(RoutedBlock):
         tape: RoutingTape,
         staying: Selection,
         gates_T: Tensor,
+        logits_T2: Tensor | None,
         valid: Tensor | None,
         held_B: Tensor | None,
     ) -> None:
@@ -209,10 +210,13 @@ class EarlyExit(RoutedBlock):
             chosen=chosen,
         )
         losses: dict[str, AuxiliaryLoss] = {}
-        if self.control is not None:
+        if self.control is not None and logits_T2 is not None:
+            probability_T2 = logits_T2.detach().softmax(-1)
+            record.weights = probability_T2[:, STAY]
+            record.entropy = masked_mean(torch.special.entr(probability_T2).sum(-1), None)
+            record.weight_mean = masked_mean(record.weights, stays_T)
             losses, usage = self.control.losses(gates_T, tape, kind=self.kind)
             record.statistics = {"density": usage.density} | self.control.statistics()
-            record.weight_mean = masked_mean(gates_T.detach(), stays_T)
         tape.record(self, record, losses)
 
 

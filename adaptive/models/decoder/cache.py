@@ -122,6 +122,13 @@ class LayerCache:
             if self._moved or not natural:
                 self.places.select(1, place).copy_(tokens.positions_T)
             new = [place + 1] * len(held)
+        elif len(held) == 1:
+            place, count = held[0], tokens.count
+            self._stored[0].narrow(0, place, count).copy_(kv_TGh)
+            natural = list(tokens.positions) == list(range(place, place + count))
+            if self._moved or not natural:
+                self.places[0].narrow(0, place, count).copy_(tokens.positions_T)
+            new = [place + count]
         else:
             rows_T, places_T, natural = _places(tokens, held)
             self._stored[rows_T, places_T] = kv_TGh

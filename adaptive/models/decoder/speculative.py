@@ -123,6 +123,7 @@ def speculate(
         inference = Inference(model, rows=len(prompts) * (controller.limit + 1))
     run = draft.begin(inference, len(prompts))
     made = Speculation([[] for _ in prompts])
+    texts = [list(prompt) for prompt in prompts]
     limits = [min(max_new_tokens, model.config.max_seq_len - len(prompt) + 1) for prompt in prompts]
     while True:
         going = [
@@ -134,10 +135,7 @@ def speculate(
             return
         alive = set(going)
         begun = time.perf_counter()
-        rows = [
-            [*prompt, *tokens] if index in alive else []
-            for index, (prompt, tokens) in enumerate(zip(prompts, made.tokens, strict=True))
-        ]
+        rows = [text if index in alive else [] for index, text in enumerate(texts)]
         # The model's own token follows the last draft.
         most = [
             min(controller.most(), limits[index] - len(made.tokens[index]) - 1) if row else 0
@@ -145,7 +143,9 @@ def speculate(
         ]
         proposal = _propose(run, rows, most, controller, sampling, generator, vocab_size)
         drafted_at = time.perf_counter()
-        with_drafts = [[*row, *new] for row, new in zip(rows, proposal.tokens, strict=True)]
+        with_drafts = rows
+        if any(proposal.tokens):
+            with_drafts = [[*row, *new] for row, new in zip(rows, proposal.tokens, strict=True)]
         wanted = [len(proposal.tokens[index]) + 1 if row else 0 for index, row in enumerate(rows)]
         logits_TV = run.verify(with_drafts, wanted)[:, :vocab_size]
         if any(proposal.tokens):
@@ -165,11 +165,12 @@ def speculate(
             new = [*drafts[:count], token]
             if end is not None and end in new:
                 new = new[: new.index(end) + 1]
+            counts[index] = len(texts[index]) + count
             made.tokens[index] += new
+            texts[index] += new
             made.drafted += len(drafts)
             made.accepted += count
             made.rounds += 1
-            counts[index] = len(rows[index]) + count
         run.rewind(counts)
         yield made
 
