@@ -146,26 +146,40 @@ class LayerCache:
             self._moved = True
         self._held, self._lengths, self._one_each = new, None, tokens.single
 
-    def attend(self, q_THh: Tensor, tokens: Tokens) -> Tensor:
-        """Attention [T, H, h] of queries, which are of the newest tokens, to what they see."""
+    def attend(self, q_THh: Tensor, tokens: Tokens, window: int | None = None) -> Tensor:
+        """Attention [T, H, h] of queries, which are of the newest tokens, to what they see.
+
+        Args:
+            q_THh: [T, H, h], at their positions.
+            tokens: which they are.
+            window: positions that one sees, its own included; None: all earlier ones.
+        """
         held = self.held
-        all_held = self._one_each and tokens.tree is None
-        if all_held and tokens.single and held.count(held[0]) == len(held):
+        if window is not None and not self._moved and max(held) <= window:
+            window = None
+        one_each = self._one_each and tokens.tree is None
+        all_held = one_each and window is None
+        equal = tokens.single and held.count(held[0]) == len(held)
+        if one_each and equal and (window is None or not self._moved):
             k_BGnh, v_BGnh = self._keys_and_values(held[0])
+            if window is not None:  # places are positions
+                k_BGnh, v_BGnh = k_BGnh[:, :, -window:], v_BGnh[:, :, -window:]
             # The queries of a group of heads stand beside each other: one key-value head each.
             q_BGgh = q_THh.unflatten(1, (self._heads, -1))
             return F.scaled_dot_product_attention(q_BGgh, k_BGnh, v_BGnh).flatten(1, 2)
         asking = [row for row, count in enumerate(tokens.lengths) if count]
         width = max(tokens.lengths)
         if len(asking) > _ONE_BY_ONE and width <= _PADDED:
-            return self._attend_padded(q_THh, tokens, asking, width)
+            return self._attend_padded(q_THh, tokens, asking, width, window)
         parts, start = [], 0
         for row in asking:
             count = tokens.lengths[row]
             k_1Gnh, v_1Gnh = self._keys_and_values(held[row], [row])
             # The first piece of a text, all of whose tokens ask, needs no mask.
-            first = count == held[row] and tokens.tree is None
-            mask = None if first or all_held else self._visible(tokens, [row], count, held[row])
+            first = count == held[row] and tokens.tree is None and window is None
+            mask = None
+            if not (first or all_held):
+                mask = self._visible(tokens, [row], count, held[row], window)
             out_1HSh = F.scaled_dot_product_attention(
                 q_THh[start : start + count].transpose(0, 1)[None],
                 k_1Gnh,
@@ -179,12 +193,12 @@ class LayerCache:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _attend_padded(
-        self, q_THh: Tensor, tokens: Tokens, asking: list[int], width: int
+        self, q_THh: Tensor, tokens: Tokens, asking: list[int], width: int, window: int | None
     ) -> Tensor:
         longest = max(self.held[row] for row in asking)
         rows = None if len(asking) == len(self.held) else asking
         k_AGnh, v_AGnh = self._keys_and_values(longest, rows)
-        mask_A1Wn = self._visible(tokens, asking, width, longest)
+        mask_A1Wn = self._visible(tokens, asking, width, longest, window)
         if width == 1:
             q_AGgh = q_THh.unflatten(1, (self._heads, -1))
             return F.scaled_dot_product_attention(q_AGgh, k_AGnh, v_AGnh, mask_A1Wn).flatten(1, 2)
@@ -204,10 +218,12 @@ class LayerCache:
         )
         return out_AHWh.transpose(1, 2).flatten(0, 1).index_select(0, at_T)
 
-    def _visible(self, tokens: Tokens, asking: list[int], width: int, longest: int) -> Tensor:
+    def _visible(
+        self, tokens: Tokens, asking: list[int], width: int, longest: int, window: int | None
+    ) -> Tensor:
         """bool [A, 1, W, n]: the held tokens that each query sees; at padding, the first."""
         held = self.held
-        key = (width, longest, tuple(held), tuple(asking))
+        key = (width, longest, window, tuple(held), tuple(asking))
         if not self._moved and key in tokens.kept:
             return tokens.kept[key]
         positions = _by_sequence(tokens.positions, tokens.lengths)
@@ -226,6 +242,8 @@ class LayerCache:
                 fresh, start = self._fresh.names[row], self._fresh.starts[row]
                 seen = _on(self.places, tokens.tree[names[row]][:, fresh])
                 mask_AWn[line, : len(names[row]), start : start + len(fresh)] = seen
+        if window is not None:
+            mask_AWn &= places_An[:, None] > seen_AW1 - window
         if not self._moved:
             tokens.kept[key] = mask_AWn[:, None]
         return mask_AWn[:, None]

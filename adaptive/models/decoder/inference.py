@@ -307,7 +307,7 @@ class AttentionStep:
     def _finish(
         self, q_RHh: Tensor, residual_RD: Tensor, tokens: Tokens, cache: LayerCache
     ) -> Tensor:
-        attended_RD = cache.attend(q_RHh, tokens).flatten(1)
+        attended_RD = cache.attend(q_RHh, tokens, self._module.window).flatten(1)
         if self._output is not None:
             return self._output.added(residual_RD, attended_RD)
         out_RD: Tensor = residual_RD + self._module.output(attended_RD)

@@ -36,6 +36,11 @@ GREEDY = Sampling(temperature=0)
 FAMILIES = {
     "dense": {},
     "mixture_of_depths": {"mixture_of_depths": MixtureOfDepthsConfig(capacity=0.5)},
+    "sliding_windows": {
+        "mixture_of_depths": MixtureOfDepthsConfig(capacity=0.5),
+        "sliding_window": 5,
+        "window_layers": [0, 3],
+    },
     "skip_layer": {"skip_layer": SkipLayerConfig()},
     "skip_layer_executing_keys": {"skip_layer": SkipLayerConfig(keys="executing")},
     "sized": {"sized_feed_forward": SizedFeedForwardConfig()},
