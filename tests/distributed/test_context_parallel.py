@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adaptive.blocks.mixture_of_depths import MixtureOfDepths
 from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm, SwiGLU
-from adaptive.ops.varlen_attention import varlen_attention
+from adaptive.ops.varlen_attention import varlen_attention, with_key_bias
 from adaptive.routing.layout import TokenLayout
 from parallel.checks.traffic import Traffic
 from parallel.context import heads_to_tokens, move_rows, repeat_heads, tokens_to_heads
@@ -22,36 +22,54 @@ LENGTHS = (7, 1, 12)
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
-def _whole() -> tuple[Tensor, Tensor, Tensor, TokenLayout]:
+def _whole() -> tuple[Tensor, Tensor, Tensor, Tensor, TokenLayout]:
     draw = torch.Generator().manual_seed(3)
     tokens = sum(LENGTHS)
     q = torch.randn(tokens, HEADS, WIDTH, generator=draw)
     k, v = torch.randn(2, tokens, KV_HEADS, WIDTH, generator=draw)
-    return q, k, v, TokenLayout.from_lengths(LENGTHS)
+    bias = torch.randint(1, 9, (tokens,), generator=draw).float().log()
+    return q, k, v, bias, TokenLayout.from_lengths(LENGTHS)
 
 
-def _attended(sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+def _attended(sizes: tuple[int, ...], biased: bool) -> tuple[Tensor, list[Tensor]]:
     mesh = Mesh.create(context=len(sizes))
-    q, k, v, layout = _whole()
-    own = [x.split(list(sizes))[mesh.context_rank].clone().requires_grad_() for x in (q, k, v)]
-    heads = [own[0], repeat_heads(own[1], mesh), repeat_heads(own[2], mesh)]
+    q, k, v, bias, layout = _whole()
+    rank = mesh.context_rank
+    own = [x.split(list(sizes))[rank].clone().requires_grad_() for x in (q, k, v, bias)]
+    heads = own[:3]
+    if biased:
+        # The bias goes where its keys go.
+        heads = list(with_key_bias(*heads, own[3]))
+    heads = [heads[0], repeat_heads(heads[1], mesh), repeat_heads(heads[2], mesh)]
     inside = tokens_to_heads(heads, mesh, shard_sizes=sizes)
     out = varlen_attention(*inside, queries=layout)
-    out = heads_to_tokens(out, mesh, shard_sizes=sizes)
+    out = heads_to_tokens(out, mesh, shard_sizes=sizes)[..., :WIDTH]
     out.square().sum().backward()
     return out.detach(), [x.grad for x in own if x.grad is not None]
 
 
-@pytest.mark.parametrize("sizes", [(10, 10), (3, 17), (0, 20), (5, 5, 0, 10)])
-def test_attention_and_its_gradients_are_those_of_whole_sequences(sizes: tuple[int, ...]) -> None:
-    q, k, v, layout = _whole()
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    expected = varlen_attention(*leaves, queries=layout)
+@pytest.mark.parametrize(
+    ("sizes", "biased"),
+    [
+        ((10, 10), False),
+        ((3, 17), True),
+        ((0, 20), False),
+        ((5, 5, 0, 10), False),
+        ((5, 5, 0, 10), True),
+    ],
+)
+def test_attention_and_its_gradients_are_those_of_whole_sequences(
+    sizes: tuple[int, ...], biased: bool
+) -> None:
+    q, k, v, bias, layout = _whole()
+    leaves = [x.requires_grad_() for x in ((q, k, v, bias) if biased else (q, k, v))]
+    expected = varlen_attention(q, k, v, queries=layout, key_bias=bias if biased else None)
     expected.square().sum().backward()
-    by_rank = run_ranks(_attended, len(sizes), sizes)
+    by_rank = run_ranks(_attended, len(sizes), sizes, biased)
     torch.testing.assert_close(torch.cat([out for out, _ in by_rank]), expected.detach())
     for index, leaf in enumerate(leaves):
-        torch.testing.assert_close(torch.cat([grads[index] for _, grads in by_rank]), leaf.grad)
+        found = torch.cat([grads[index] for _, grads in by_rank])
+        torch.testing.assert_close(found, leaf.grad)
 
 
 def _moved(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[list[float], list[float]]:

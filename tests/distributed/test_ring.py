@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adaptive.ops.varlen_attention import varlen_attention
+from adaptive.ops.varlen_attention import varlen_attention, with_key_bias
 from adaptive.routing.layout import TokenLayout
 from parallel.checks.traffic import Traffic
 from parallel.cost import ring_bytes
@@ -34,6 +34,12 @@ def _whole(tokens: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, grad
 
 
+def _bias(tokens: int) -> Tensor:
+    """Of every key: the log of a size."""
+    draw = torch.Generator().manual_seed(5)
+    return torch.randint(1, 9, (tokens,), generator=draw).float().log()
+
+
 def _rows(lengths: tuple[int, ...], spread: str) -> Tensor:
     """Which tokens this rank holds."""
     tokens, ranks, rank = sum(lengths), dist.get_world_size(), dist.get_rank()
@@ -54,6 +60,7 @@ def _attend(
     causal: bool,
     kv_heads: int,
     dtype: torch.dtype = torch.float32,
+    biased: bool = False,
 ) -> tuple[Tensor, list[Tensor], dict[str, int]]:
     whole = TokenLayout.from_lengths(lengths)
     q, k, v, grad = (x.to(dtype) for x in _whole(whole.tokens, kv_heads))
@@ -64,8 +71,13 @@ def _attend(
         whole.positions[rows], whole.sequence_ids[rows], group, causal=causal
     )
     own = [x[rows].clone().requires_grad_() for x in (q, k, v)]
+    heads = tuple(own)
+    if biased:
+        # The bias goes where its keys go.
+        own.append(_bias(whole.tokens)[rows].requires_grad_())
+        heads = with_key_bias(*heads, own[3])
     with Traffic() as traffic:
-        out = ring_attention(*own, layout, scheme=scheme)
+        out = ring_attention(*heads, layout, scheme=scheme)[..., :WIDTH]
         out.backward(grad[rows])
     return (
         rows,
@@ -76,25 +88,36 @@ def _attend(
 
 @pytest.mark.parametrize("scheme", ["queries", "keys"])
 @pytest.mark.parametrize(
-    ("lengths", "ranks", "spread", "causal", "kv_heads"),
+    ("lengths", "ranks", "spread", "causal", "kv_heads", "biased"),
     [
-        ((24,), 2, "zigzag", True, 4),
-        ((23,), 4, "zigzag", True, 2),
-        ((5, 1, 17), 3, "even", True, 1),
-        ((5, 1, 17), 3, "scattered", True, 2),
-        ((9, 8), 3, "even", False, 4),
+        ((24,), 2, "zigzag", True, 4, False),
+        ((23,), 4, "zigzag", True, 2, False),
+        ((5, 1, 17), 3, "even", True, 1, False),
+        ((5, 1, 17), 3, "scattered", True, 2, False),
+        ((9, 8), 3, "even", False, 4, False),
+        ((9, 8), 2, "even", False, 4, True),
+        ((5, 1, 17), 4, "scattered", True, 2, True),
     ],
 )
 def test_attention_and_gradients_are_those_of_the_whole(
-    lengths: tuple[int, ...], ranks: int, spread: str, causal: bool, kv_heads: int, scheme: Scheme
+    lengths: tuple[int, ...],
+    ranks: int,
+    spread: str,
+    causal: bool,
+    kv_heads: int,
+    biased: bool,
+    scheme: Scheme,
 ) -> None:
     q, k, v, grad = _whole(sum(lengths), kv_heads)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    expected = varlen_attention(*leaves, queries=TokenLayout.from_lengths(lengths), causal=causal)
+    bias = _bias(sum(lengths)) if biased else None
+    leaves = [x.requires_grad_() for x in (q, k, v, bias) if x is not None]
+    layout = TokenLayout.from_lengths(lengths)
+    expected = varlen_attention(q, k, v, queries=layout, causal=causal, key_bias=bias)
     expected.backward(grad)
     wanted = [expected.detach(), *(x.grad for x in leaves)]
     seen = torch.zeros(sum(lengths), dtype=torch.bool)
-    for rows, found, _ in run_ranks(_attend, ranks, lengths, spread, scheme, causal, kv_heads):
+    arguments = lengths, spread, scheme, causal, kv_heads, torch.float32, biased
+    for rows, found, _ in run_ranks(_attend, ranks, *arguments):
         seen[rows] = True
         for a, b in zip(found, wanted, strict=True):
             assert b is not None
