@@ -191,10 +191,11 @@ class TokenMerging(RoutedBlock):
         """Attention over all, the comparison of keys, the feed-forward over what is left."""
         count(self.layer.attention, work)
         if self.amount != 0 or self.threshold is not None:
-            self._count_matching(count, work)
+            self.count_matching(count, work)
         count(self.layer.ffn, self.merged(count, work))
 
-    def _count_matching(self, count: FlopCounter, work: Work) -> None:
+    def count_matching(self, count: FlopCounter, work: Work) -> None:
+        """The products of comparing keys, and of `mctf` those of attention received."""
         attention = self.layer.attention
         if self.matching == "bsm":
             odd_B = torch.floor(work.tokens / 2)

@@ -111,7 +111,7 @@ class _GroupSum(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_share = (grad_TD.to(share_T.dtype) * x_TD).sum(-1)
         if share_T is not None and ctx.needs_input_grad[0]:
-            grad_TD = grad_TD * share_T.to(grad_TD.dtype)[:, None]
+            grad_TD.mul_(share_T.to(grad_TD.dtype)[:, None])
         return grad_TD, grad_share, None, None, None
 
 

@@ -115,12 +115,12 @@ def with_key_bias(
     wider = width + _BIAS_COLUMNS
     high_T = key_bias_T.to(k_TGh.dtype)
     low_T = (key_bias_T - high_T.detach().to(key_bias_T.dtype)).detach().to(k_TGh.dtype)
-    q_QHh = F.pad(q_QHh * math.sqrt(wider / width), (0, _BIAS_COLUMNS))
-    ones = torch.zeros(wider, dtype=q_QHh.dtype, device=q_QHh.device)
-    ones[width : width + 2] = math.sqrt(wider)
-    columns_T2 = torch.stack([high_T, low_T], -1)[:, None].expand(-1, k_TGh.shape[1], -1)
-    k_TGh = F.pad(torch.cat([k_TGh, columns_T2], -1), (0, _BIAS_COLUMNS - 2))
-    return q_QHh + ones, k_TGh, F.pad(v_TGh, (0, _BIAS_COLUMNS))
+    ones = torch.zeros(_BIAS_COLUMNS, dtype=q_QHh.dtype, device=q_QHh.device)
+    ones[:2] = math.sqrt(wider)
+    columns_T8 = F.pad(torch.stack([high_T, low_T], -1), (0, _BIAS_COLUMNS - 2))
+    q_QHh = torch.cat([q_QHh * math.sqrt(wider / width), ones.expand(*q_QHh.shape[:2], -1)], -1)
+    k_TGh = torch.cat([k_TGh, columns_T8[:, None].expand(-1, k_TGh.shape[1], -1)], -1)
+    return q_QHh, k_TGh, F.pad(v_TGh, (0, _BIAS_COLUMNS))
 
 
 # Libraries take head widths that are multiples of 8.
