@@ -80,12 +80,12 @@ def both(tree: dict[str, Any], steps: int) -> tuple[list[float], list[float], li
 
 def recipe(method: type[Method] | None, folder: Path) -> dict[str, Any]:
     """A tiny run of the task that has the method."""
-    if method is None or method.place in ("linear", "feed_forward", "layer"):
-        model = (
-            {"mixture_of_depths": None}
-            if method is None
-            else {"mixture_of_depths": None, method.name: {}}
-        )
+    if method is None or method.place in ("linear", "feed_forward", "layer", "stack"):
+        model: dict[str, Any] = {"mixture_of_depths": None}
+        if method is not None:
+            model[method.name] = {}
+        if method is not None and method.place == "stack":
+            model["num_layers"] = 3  # one before and one behind those that it runs
         return tiny_config(folder, model=model, train={"micro_batch_size": 2, "move_within": 0})
     sizes = {"dim": 32, "num_heads": 2, "image_size": 8, "channels": 1, "num_classes": 10}
     tree = {**tiny_config(folder, train={"move_within": 0}), "data": {}}
