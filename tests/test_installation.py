@@ -102,7 +102,7 @@ def test_the_installed_command_trains_a_recipe_by_its_name(installed: Path, tmp_
     # A slow machine is told what is being done meanwhile.
     command, plan = [line for line in planned.stdout.splitlines() if not line.endswith(" …")]
     assert f"{installed}/launch/train.py --config {installed}/launch/recipes/mod_lm.yaml" in command
-    assert "500 steps" in plan
+    assert "900 steps" in plan
 
 
 def test_an_unknown_program_is_one_line(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_path_wins_over_a_recipe_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_config("mod_lm").train.steps == 500
+    assert load_config("mod_lm").train.steps == 900
     (tmp_path / "mod_lm").write_text("train: {steps: 7}\n")
     config = load_config("mod_lm")
     assert (config.train.steps, config.output) == (7, "runs/mod_lm")

@@ -177,28 +177,16 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         """
         flat_TD, layout, valid_T = flatten_tokens(hidden, layout, token_mask)
         refuse_cache(self.block, inner_kwargs, layout)
-        apart = self.keys == "chosen" and self.granularity == "block"
-        if apart or valid_T is None:
-            return self._forward(flat_TD, layout, valid_T, inner_kwargs).view_as(hidden)
-        # Padding must be nobody's key: only valid tokens are seen.
-        source_layout, mask_T = layout, valid_T
-        present = decide(lambda: self._selection(mask_T, source_layout))
-        valid_TD = pack(flat_TD, present.indices)
-        out_TD = self._forward(valid_TD, present.layout, None, inner_kwargs, packed_T=valid_T)
-        return flat_TD.index_copy(0, present.indices, out_TD).view_as(hidden)
-
-    def _forward(
-        self,
-        hidden_TD: Tensor,
-        layout: TokenLayout,
-        valid_T: Tensor | None,
-        inner_kwargs: dict[str, Any],
-        packed_T: Tensor | None = None,
-    ) -> Tensor:
-        """Update the chosen ones of packed tokens; `packed_T` tells where they lay in the batch."""
+        hidden_TD, present, packed_T = flat_TD, None, None
+        if valid_T is not None and (self.keys == "all" or self.granularity == "ffn"):
+            # Padding must be nobody's key: only valid tokens are seen.
+            mask_T, source_layout = valid_T, layout
+            present = decide(lambda: self._selection(mask_T, source_layout))
+            hidden_TD, layout = pack(flat_TD, present.indices), present.layout
+            valid_T, packed_T = None, valid_T
         if self.granularity == "ffn":
             hidden_TD = attend(self.block, hidden_TD, layout, None, **inner_kwargs)
-        routed_TD = without_padding(hidden_TD, valid_T)
+        routed_TD = hidden_TD if valid_T is None else without_padding(hidden_TD, valid_T)
         logits_T = self.router(routed_TD).squeeze(-1)
         causal_logits_T = self._causal_logits(routed_TD, logits_T)
         selection = decide(lambda: self._choose(logits_T, causal_logits_T, layout, valid_T))
@@ -213,9 +201,11 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         out_TD = combine(hidden_TD, update_RD, selection.indices, weights_R)
         tape = current_tape()
         if tape is not None:
-            held_B = held_keys(inner_kwargs)
+            held_B = held_keys(inner_kwargs) if inner_kwargs else None
             self._record(tape, selection, logits_T, causal_logits_T, valid_T, packed_T, held_B)
-        return out_TD
+        if present is not None:
+            out_TD = flat_TD.index_copy(0, present.indices, out_TD)
+        return out_TD.view_as(hidden)
 
     def inner(self, packed_RD: Tensor, selection: Selection, **kwargs: Any) -> Tensor:
         """Run the block on the chosen tokens. Override to feed a block of your own.

@@ -151,7 +151,7 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         ("deepspeed.wandb.enabled=true", "deepspeed.wandb.enabled=True: must be false"),
         ("deepspeed.csv_monitor.enabled=true", "deepspeed.csv_monitor.enabled=True: must be"),
         ("deepspeed.optimizer.type=Muon", "deepspeed.optimizer.type='Muon': must be another"),
-        ("task=sing", "task=sing: must be one of language_model, diffusion, "),
+        ("task=sing", "task=sing: must be one of language_model, hub_lm, diffusion, "),
         ("steps", "'steps': must be section.key=value"),
         ("--rank=2", "unrecognized arguments: --rank=2"),
         ("--ranks=0", "--ranks=0: must be at least 1"),

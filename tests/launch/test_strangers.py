@@ -52,6 +52,7 @@ READERS = [
     "compare COMPARISON common=[checkpoint.weights=CHECKPOINT]",
     "convert upcycling CHECKPOINT OUT",
     "convert acm CHECKPOINT --output OUT",
+    "convert adapt CHECKPOINT OUT --layers 0",
     "convert duo CHECKPOINT --output OUT",
     "convert distillation CHECKPOINT --output OUT --tokens 8 --ffn_tokens 8",
     "convert to_transformers CHECKPOINT --output OUT",
