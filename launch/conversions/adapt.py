@@ -22,9 +22,8 @@ from adaptive.blocks.method import methods
 from adaptive.models.convert.layers import keep_layers, wrap_layers
 from adaptive.models.decoder.model import DecoderConfig
 from launch.checkpoint.beginning import begin_run
-from launch.checkpoint.published import copy_tokenizer
-from launch.conversions.upcycling import distinct, read
-from launch.run.config import from_mapping, load_config, save_resolved
+from launch.conversions.source import distinct, read, run_of
+from launch.run.config import load_config, save_resolved
 from launch.run.errors import BadInput
 from launch.run.options import check_seed
 from launch.run.sections import RunConfig
@@ -51,12 +50,7 @@ def convert(options: argparse.Namespace) -> Path:
     check_folder("out", out)
     with announced(f"reading {options.source}"):
         weights, dense, run = read(options.source)
-    if run is None:
-        run = from_mapping({"data": {"seq_len": min(dense.max_seq_len, 512)}})
-        tokenizer = copy_tokenizer(Path(options.source), out / "tokenizer")
-        if tokenizer is not None:
-            data = dataclasses.replace(run.data, tokenizer=tokenizer)
-            run = dataclasses.replace(run, data=data)
+    run = run_of(dense, options.source, out) if run is None else run
     run = dataclasses.replace(run, model=dense)
     torch.manual_seed(options.seed)
     try:

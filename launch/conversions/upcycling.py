@@ -9,22 +9,16 @@ OUT/run.yaml` trains it on (weights without moments), `launch.generate` samples 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.models.convert.upcycling import upcycle
-from adaptive.models.decoder.model import DecoderConfig
 from launch.checkpoint.beginning import begin_run
-from launch.checkpoint.files import find_checkpoint, read_whole
-from launch.checkpoint.published import copy_tokenizer, is_published, read_published
-from launch.run.config import from_mapping
+from launch.conversions.source import distinct, read, run_of
 from launch.run.errors import BadInput
 from launch.run.options import check_seed
-from launch.run.sections import RunConfig
 from launch.run.terminal import announced
 from launch.run.trust import add_trust_option
 from launch.run.writable import check_folder
@@ -69,36 +63,5 @@ def _convert(options: argparse.Namespace, out: Path) -> Path:
     count = sum({id(tensor): tensor.numel() for tensor in weights.values()}.values())
     assert config.mixture_of_experts is not None
     print(f"{count:,} parameters, {config.mixture_of_experts.num_experts} experts")
-    if run is None:
-        run = from_mapping({"data": {"seq_len": min(config.max_seq_len, 512)}})
-        tokenizer = copy_tokenizer(Path(options.source), out / "tokenizer")
-        if tokenizer is not None:
-            run = replace(run, data=replace(run.data, tokenizer=tokenizer))
+    run = run_of(config, options.source, out) if run is None else run
     return begin_run(run, distinct(weights, config), output=out, model=config)
-
-
-def read(source: str) -> tuple[dict[str, Tensor], DecoderConfig, RunConfig | None]:
-    """Whole float32 weights, the decoder's configuration and, of our own, the run's.
-
-    Raises:
-        BadInput: nothing there that can be read.
-    """
-    folder = Path(source).expanduser()
-    if is_published(folder):
-        return *read_published(folder), None
-    whole = read_whole(find_checkpoint(folder), moments=False)
-    if not isinstance(whole.config.model, DecoderConfig):
-        raise BadInput(f"{source}: holds no decoder")
-    weights = dict(whole.weights)
-    if whole.config.model.tie_embeddings:
-        weights.setdefault("output.weight", weights["embedding.weight"])
-    return weights, whole.config.model, whole.config
-
-
-def distinct(weights: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """Tied weights once, as checkpoints have them."""
-    return {
-        name: tensor
-        for name, tensor in weights.items()
-        if not (config.tie_embeddings and name == "output.weight")
-    }
