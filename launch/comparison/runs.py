@@ -9,6 +9,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,8 +44,9 @@ class Run:
     size: str
     operations: float
     seed: int
+    recipe: Path
     config: RunConfig
-    words: list[str]
+    overrides: list[str]
 
     def __str__(self) -> str:
         size = f" {self.size} at {self.operations:g}" if self.size else ""
@@ -57,6 +59,17 @@ class Run:
     @property
     def result(self) -> Path:
         return self.folder / "result.json"
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What tells the run from others, and, with the recipe, all that it depends on."""
+        return {
+            "arm": self.arm,
+            "size": self.size,
+            "operations": self.operations,
+            "seed": self.seed,
+            "overrides": self.overrides,
+        }
 
 
 def plan_runs(comparison: Comparison, folder: Path) -> list[Run]:
@@ -118,15 +131,16 @@ def _plan(
     parts = [folder_name(arm), folder_name(size), f"{operations:g}" if several else "", f"{seed}"]
     output = Path(comparison.output) / "-".join(filter(None, parts))
     overrides = [*comparison.common, *comparison.sizes.get(size, []), *comparison.arms[arm]]
-    words = [*overrides, f"train.seed={seed}", f"output={output}"]
-    refuse_empty_values(words)
-    steps = steps_within(load_config(recipe, words), operations)
+    overrides.append(f"train.seed={seed}")
+    refuse_empty_values(overrides)
+    steps = steps_within(load_config(recipe, overrides), operations)
     every = max(steps // comparison.points, 1)
-    words += [f"train.steps={steps}", f"train.evaluate_every={every}"]
-    run = Run(arm, size, operations, seed, load_config(recipe, words), [])
+    overrides += [f"train.steps={steps}", f"train.evaluate_every={every}"]
+    config = load_config(recipe, [*overrides, f"output={output}"])
+    run = Run(arm, size, operations, seed, recipe, config, overrides)
     with announced(f"checking {run}"):
         check_run(_beginning(run.config), ranks=1)
-    return dataclasses.replace(run, words=["--config", str(recipe), *words])
+    return run
 
 
 def _beginning(config: RunConfig) -> RunConfig:
@@ -156,14 +170,37 @@ def step_operations(config: RunConfig) -> int:
     return planned_flops(meta_model(config), work, backward=True)
 
 
-def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | None:
-    """The outcome of a run, which is trained now unless it was; None when it failed."""
+def known_runs(path: Path) -> list[dict[str, Any]]:
+    """The outcomes in the numbers that a comparison wrote, maybe on another machine.
+
+    Raises:
+        BadInput: the file holds none.
+    """
+    try:
+        numbers = read_json(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"known={path}: {getattr(error, 'strerror', None) or error}") from None
+    runs = numbers.get("runs") if isinstance(numbers, dict) else None
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise BadInput(f"known={path}: must be the .json of a comparison's results")
+    return runs
+
+
+def finish(
+    run: Run, *, threads: int, children: Children, known: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any] | None:
+    """The outcome of a run, which is trained now unless it was; None when it failed.
+
+    One of `known` that had the same overrides is as good as the run's own.
+    """
     if children.ended:
         return None
     outcome = _recorded(run.result)
-    labels = {"arm": run.arm, "size": run.size, "operations": run.operations, "seed": run.seed}
     if isinstance(outcome, dict) and is_same(outcome.get("config"), run.config):
-        return outcome | labels
+        return outcome | run.labels
+    for outcome in known:
+        if all(outcome.get(key) == value for key, value in run.labels.items()):
+            return outcome
     if _holds_another(run):
         try:
             earlier = _set_aside(run.folder)
@@ -176,7 +213,8 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     begun = time.perf_counter()
     with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-        command = [sys.executable, str(TRAIN), *run.words]
+        words = ["--config", str(run.recipe), *run.overrides, f"output={run.folder}"]
+        command = [sys.executable, str(TRAIN), *words]
         train = run.config.train
         watched = Supervised(run.folder, train.hang_seconds, train.stop_seconds)
         wait = partial(follow, run=watched, ended=lambda: children.ended)
@@ -185,7 +223,7 @@ def finish(run: Run, *, threads: int, children: Children) -> dict[str, Any] | No
     if code or not _is_complete(run):
         return None
     outcome = {
-        **labels,
+        **run.labels,
         "seconds": round(seconds, 1),
         **measure(run),
         "config": run.config.resolved(),

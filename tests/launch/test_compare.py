@@ -18,7 +18,7 @@ from launch.compare import main
 from launch.comparison import runs
 from launch.comparison.config import load_comparison
 from launch.comparison.isoflop import isoflop_table
-from launch.comparison.runs import Run, finish, plan_runs, runs_at_optimum
+from launch.comparison.runs import Run, finish, known_runs, plan_runs, runs_at_optimum
 from launch.run.children import Children
 from launch.run.config import save_resolved
 from launch.run.errors import BadInput
@@ -75,6 +75,18 @@ def test_arms_get_equal_executed_operations_and_finished_runs_are_kept(
     main([str(comparison)])
     assert "seed 0:" not in capsys.readouterr().out
     assert json.loads((comparison.parent / "results" / "table.json").read_text()) == numbers
+
+    # On another machine only the numbers are left: what changed is trained, the rest taken.
+    results = comparison.parent / "results" / "table.json"
+    elsewhere = [
+        f"output={comparison.parent / 'elsewhere'}",
+        "arms={dense: [model.mixture_of_depths=null], routed: [model.dim=8, model.num_heads=2]}",
+    ]
+    main([str(comparison), "--known", str(results), *elsewhere])
+    said = capsys.readouterr().out
+    assert "routed seed 0:" in said
+    assert "dense seed 0:" not in said
+    assert json.loads(results.read_text())["runs"][0] == dense
 
 
 SIZES = {f"{dim}": [f"model.dim={dim}", "model.num_heads=2"] for dim in (8, 16, 24, 32)}
@@ -161,7 +173,7 @@ def test_a_changed_arm_is_measured_alone(
     assert read_state(find_checkpoint(earlier)).step == first["steps"]
     assert f"is now {earlier}" in capsys.readouterr().out
     # Another model, too, is no checkpoint that the plan would have to refuse.
-    assert one_arm(comparison, "operations=2e8", "common=[model.ffn_dim=64]").words
+    assert one_arm(comparison, "operations=2e8", "common=[model.ffn_dim=64]").overrides
 
 
 def test_a_run_that_hangs_is_named_and_ended(
@@ -259,6 +271,11 @@ def test_a_comparison_that_cannot_run_is_one_line(comparison: Path) -> None:
     broken = load_comparison(comparison, ["arms={dense: [model.dmi=3]}"])
     with pytest.raises(BadInput, match=r"model.dmi: unknown key"):
         plan_runs(broken, comparison.parent)
+    with pytest.raises(BadInput, match=r"known=/no/where: No such file or directory"):
+        known_runs(Path("/no/where"))
+    (comparison.parent / "other.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"must be the .json of a comparison's results"):
+        known_runs(comparison.parent / "other.json")
 
 
 @pytest.mark.parametrize(
