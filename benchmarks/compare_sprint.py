@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,7 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
         row: dict[str, Any] = {"variant": name, "seed": seed, "train_seconds": round(seconds, 1)}
         row["steps"] = [phase.train["steps"] for phase in config.phases]
         row["validation_loss"] = validation_loss(model, saved)
-        data = ImageData(saved.data, saved.model)
-        judge = Judge(data, num_classes=saved.model.num_classes)
+        judge = judge_of(options.config)
         labels = torch.arange(options.samples) % 10
         guided = ["classifier_free"] + ([] if name == "dense path" else ["path_drop"])
         for guidance in guided:
@@ -126,6 +125,13 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any
             samples = draw_samples(model, labels, sampling, seed=seed)
             row[guidance] = judge.of_samples(samples.images, labels)
         return row
+
+
+@cache
+def judge_of(config: str) -> Judge:
+    """The classifier of the real images: one for all runs of a process."""
+    read = load_config(config, [])
+    return Judge(ImageData(read.data, read.model), num_classes=read.model.num_classes)
 
 
 def configured(name: str, seed: int, folder: str, options: argparse.Namespace) -> RunConfig:
@@ -170,7 +176,8 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     lines = [
         "# SPRINT against dense, random keeping and its single paths",
         "",
-        f"Digits, {options.tera_operations:g}e12 executed operations a run (forward and backward), "
+        f"Shapes, 32x32 (data.rendered), {options.tera_operations:g}e12 executed operations a run "
+        "(forward and backward), "
         f"{options.seeds} seeds: mean (lowest to highest). Averaged weights; "
         f"{options.samples:,} samples. By `recipes/compare_sprint.sh` on {setting['machine']}, "
         f"one thread a run, torch {setting['torch']}, {setting['date']}.",

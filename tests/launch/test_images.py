@@ -38,6 +38,29 @@ def test_digits_are_scikit_learns_in_the_range_minus_one_to_one() -> None:
     assert data.labels([5, 70]).tolist() == digits.target[[5, 70]].tolist()
 
 
+def test_rendered_pictures_are_the_same_everywhere_and_tell_their_class() -> None:
+    data, again = (
+        ImageData(ImageConfig(rendered=600), DiffusionConfig(image_size=32, channels=3))
+        for _ in range(2)
+    )
+    images, labels = data.images(range(600)), data.labels(range(600))
+    assert images.shape == (600, 3, 32, 32)
+    torch.testing.assert_close(again.images([599, 7]), images[[599, 7]], rtol=0, atol=0)
+    # Recorded when it was written: pictures of a number stay what they were.
+    torch.testing.assert_close(
+        images[7, :, 16, 16], torch.tensor([-0.0461, 0.4635, 0.4374]), atol=1e-4, rtol=0
+    )
+    assert labels.bincount().tolist() == [60] * 10
+    assert -1 <= images.min() < -0.9 < 0.9 < images.max() <= 1
+    grey = ImageData(ImageConfig(rendered=4), DiffusionConfig(image_size=16, channels=1))
+    assert grey.images([3]).shape == (1, 1, 16, 16)
+    with pytest.raises(BadInput, match=r"data.rendered=4: draws 1 or 3 channels, not 4x8x8"):
+        ImageData(ImageConfig(rendered=4), DiffusionConfig(image_size=8, channels=4))
+    for wrong in ({"rendered": 0}, {"rendered": 3, "path": "somewhere"}):
+        with pytest.raises(ValueError, match=r"rendered=.: must be above 0, and path null"):
+            ImageConfig(**wrong)
+
+
 def test_every_epoch_visits_every_training_image_once_in_its_own_order() -> None:
     data = data_of(None, held_out=0.1, **DIGITS)
     size = len(data.train)
