@@ -28,6 +28,8 @@ def count_rules(model: PreTrainedModel) -> None:
     for layer in _layers(model):
         for attention in attentions(layer):
             register_flops(type(attention))(_attention)
+    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        register_flops(type(model))(_of_pictures)
 
 
 def count_model(
@@ -50,6 +52,30 @@ def unknown_operations(model: PreTrainedModel) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _of_pictures(module: nn.Module, count: FlopCounter, work: Work) -> None:
+    """An encoder of pictures: patches by a convolution, its layers, and heads on one row each."""
+    assert isinstance(module, PreTrainedModel)
+    size = module.config.get_text_config().image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    layers = _layers(module)
+
+    def walk(part: nn.Module) -> None:
+        parts = list(part.modules())
+        if isinstance(part, nn.Conv2d):
+            rows, columns = part.stride
+            pictures = work.of_samples.times((height // int(rows)) * (width // int(columns)))
+            count.linear(part.weight[0].numel(), part.out_channels, pictures, input_grad=False)
+        elif any(part is layer for layer in layers):
+            count(part, work)
+        elif any(isinstance(m, nn.Conv2d) or any(m is layer for layer in layers) for m in parts):
+            for child in part.children():  # positions and tokens of its own are added
+                walk(child)
+        else:
+            count(part, work.of_samples)
+
+    walk(module)
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from adaptive.blocks.method import METHODS, Method
 from adaptive.hub import adapt
+from adaptive.hub.exits import EarlyExitConfig
 from adaptive.hub.flops import count_rules
 from launch.checkpoint.files import named_tensors
 from launch.checkpoint.published import SETTINGS, read_settings
@@ -125,7 +126,8 @@ class HubModelConfig:
     @property
     def methods(self) -> tuple[type[Method], ...]:
         """Those that are put into the model."""
-        return tuple(method for method in METHODS if method.name in self.adapt)
+        served = (*METHODS, EarlyExitConfig)
+        return tuple(method for method in served if method.name in self.adapt)
 
     def configuration(self) -> PreTrainedConfig:
         """The settings as transformers has them.

@@ -149,6 +149,16 @@ def test_old_weights_learn_at_their_rate_or_not_at_all(tmp_path: Path) -> None:
         assert not steps(outcome, new=False).any()
 
 
+def test_exits_are_among_the_methods_of_a_run(tmp_path: Path) -> None:
+    adapt = {
+        "early_exit": {"layers": [1]},
+        "mixture_of_depths": None,
+        "skip_layer": {"layers": [0]},
+    }
+    found = from_mapping(hub_config(tmp_path, model={"adapt": adapt})).model.methods
+    assert [method.name for method in found] == ["skip_layer", "early_exit"]
+
+
 def test_distances_are_those_of_the_formula() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)

@@ -52,9 +52,10 @@ def test_a_model_that_chooses_every_token_is_the_dense_one(family: str, attentio
     expected = model(ids).logits
     same = adapt(tiny(family, attention), "mixture_of_depths", layers="all", capacity=1.0)
     torch.testing.assert_close(same(ids).logits, expected)
-    for keys in ("all", "executing"):  # nobody leaves before training
-        exits = adapt(tiny(family, attention), "early_exit", layers=[0, 2], keys=keys)
-        torch.testing.assert_close(exits(ids).logits, expected, **CLOSE)
+    for keys in ("all", "executing"):  # nobody leaves or skips before training
+        for method in ("early_exit", "skip_layer"):
+            begun = adapt(tiny(family, attention), method, layers=[0, 2], keys=keys)
+            torch.testing.assert_close(begun(ids).logits, expected, **CLOSE)
     adapt(model, "mixture_of_depths", layers="all", capacity=0.5)
     for module in model.modules():
         if isinstance(module, MixtureOfDepths):

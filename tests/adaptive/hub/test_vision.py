@@ -9,7 +9,9 @@ import torch
 import transformers
 
 from adaptive import RoutingTape
+from adaptive.flops import executed_flops
 from adaptive.hub import adapt, load_adapted
+from parallel.flop_formulas import torch_flop_counter
 from tests.adaptive.hub.families import trained
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
@@ -54,6 +56,11 @@ def test_chosen_tokens_see_the_chosen_and_nothing_else(
     with RoutingTape(model) as tape:
         logits = model(pictures).logits
     assert tape.records[0].executed_lengths.unique().numel() > 1
+    with torch_flop_counter(display=False) as counted, RoutingTape(model) as tape:
+        model(pictures[:1])  # rows of a batch count without what fills them up
+    if attention == "eager":  # torch counts no sdpa on a CPU
+        executed = float(executed_flops(model, tape.records, 1, 17 + (family == "DeiT")))
+        assert executed == pytest.approx(counted.get_total_flops(), rel=1e-3)
     alone = torch.cat([model(picture[None]).logits for picture in pictures])
     torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-4)
 
