@@ -98,11 +98,13 @@ class MergingContext:
     Attributes:
         layer, num_layers: index of the layer; how many there are.
         protected: tokens at the beginning of every sequence that must stay.
+        tokens: of every sequence, ahead of the first layer.
     """
 
     layer: int
     num_layers: int
     protected: int = 0
+    tokens: int = 1
 
 
 @dataclass(frozen=True)

@@ -207,18 +207,43 @@ class TokenMerging(RoutedBlock):
             count.comparison(attention.head_dim * attention.num_heads, work)
 
 
-def attention_received(q_THh: Tensor, k_THh: Tensor, layout: TokenLayout) -> Tensor:
-    """[T, H]: the attention that each token receives, mean over the queries of its sequence."""
+def attention_received(
+    q_THh: Tensor,
+    k_THh: Tensor,
+    layout: TokenLayout,
+    *,
+    key_bias: Tensor | None = None,
+    kept_T: Tensor | None = None,
+) -> Tensor:
+    """[T, H]: the attention that each token receives, mean over the queries of its sequence.
+
+    Args:
+        q_THh, k_THh: queries and keys.
+        layout: of the tokens.
+        key_bias: [T], of every score of a key.
+        kept_T: bool [T], with sequences of one length: the others are neither keys nor queries.
+    """
     shape = (layout.batch_size, layout.max_seqlen)
     scale = q_THh.shape[-1] ** -0.5
     if layout.uniform:
         q, k = (x.unflatten(0, shape).transpose(1, 2) for x in (q_THh, k_THh))
-        return (q @ k.transpose(2, 3) * scale).softmax(-1).mean(2).transpose(1, 2).flatten(0, 1)
+        scores = q @ k.transpose(2, 3) * scale
+        if key_bias is not None:
+            scores = scores + key_bias.to(scores.dtype).unflatten(0, shape)[:, None, None]
+        if kept_T is None:
+            return scores.softmax(-1).mean(2).transpose(1, 2).flatten(0, 1)
+        kept_BS = kept_T.unflatten(0, shape)
+        shares = scores.masked_fill(~kept_BS[:, None, None], -torch.inf).softmax(-1)
+        received = (shares * kept_BS[:, None, :, None]).sum(2) / kept_BS.sum(-1)[:, None, None]
+        return received.transpose(1, 2).flatten(0, 1)
     lengths = layout.cu_seqlens.diff().tolist()
-    received = []
+    received, start = [], 0
     for q, k in zip(q_THh.split(lengths), k_THh.split(lengths), strict=True):
         scores_HQK = q.transpose(0, 1) @ k.permute(1, 2, 0) * scale
+        if key_bias is not None:
+            scores_HQK = scores_HQK + key_bias[start : start + len(k)].to(scores_HQK.dtype)
         received.append(scores_HQK.softmax(-1).mean(1).t())
+        start += len(k)
     return torch.cat(received)
 
 

@@ -33,6 +33,8 @@ class Grouping:
         complete: True where no token is dropped, known to the maker; spares a masked product.
         representatives: int64 [G], the token of the source that each group stands in the place of,
             where the maker knows it.
+        kept: float [G] or None (ones), differentiable: 0 for groups that a learned budget has taken
+            away while training still computes them.
 
     Source: ToMe, arXiv 2210.09461, section 3; the sizes also in PiToMe, arXiv 2405.16148.
     """
@@ -45,6 +47,7 @@ class Grouping:
     weights: Tensor | None = None
     complete: bool = False
     representatives: Tensor | None = None
+    kept: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -94,6 +97,7 @@ class Grouping:
             later.max_seqlen,
             complete=self.complete and later.complete,
             representatives=None if own is None or theirs is None else own[theirs],
+            kept=later.kept,
         )
 
     @staticmethod

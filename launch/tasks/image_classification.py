@@ -118,7 +118,7 @@ def merging_pictures(records: list[RoutingRecord], config: VisionConfig) -> dict
     pictures: dict[str, Tensor] = {}
     left_T: Tensor | None = None
     for record in records:
-        if record.kind != "token_merging" or record.chosen is None:
+        if record.kind not in ("token_merging", "learned_budget") or record.chosen is None:
             continue
         stands = record.chosen.cpu()
         # The record is of what was left before this layer; the picture of every patch.

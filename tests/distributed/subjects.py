@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
-from adaptive.blocks.method import methods
+from adaptive.blocks.learned_budget import LearnedBudgetConfig
+from adaptive.blocks.method import Method, methods
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
 from adaptive.blocks.pattention import PattentionConfig
@@ -212,15 +213,16 @@ class FlowMatching:
 
 @dataclass(frozen=True)
 class Images:
-    """A vision transformer whose tokens merge, on random images."""
+    """A vision transformer whose tokens become fewer, on random images."""
 
+    method: Method
     rows: int = 8
 
     def build(self, mesh: Mesh) -> VisionTransformer:
         config = VisionConfig(
             image_size=8, channels=1, patch_size=2, num_classes=5, dim=32, num_layers=2, num_heads=4
         )
-        config = config.with_method(TokenMergingConfig(amount=4))
+        config = config.with_method(self.method)
         model, whole = (VisionTransformer(config, mesh=m) for m in (mesh, Mesh.single()))
         draw_weights(model, whole, mesh)
         return model
@@ -236,15 +238,24 @@ class Images:
     def losses(
         self, model: nn.Module, micro_batches: Sequence[Batch], share: Share
     ) -> Iterator[Tensor]:
+        scope = BatchScope.of(share.mesh, share.tokens, micro_batches=share.micro_batches)
+        if share.micro_batches > 1:
+            scope.start_census()
+            for batch in micro_batches:
+                with torch.no_grad(), RoutingTape(scope=scope):
+                    model(batch["images"])
+            scope.finish_census()
         for batch in micro_batches:
-            loss = F.cross_entropy(model(batch["images"]), batch["labels"], reduction="sum")
-            yield loss * share.mesh.replicas * share.micro_batches / share.tokens
+            with RoutingTape(model, scope=scope) as tape:
+                loss = F.cross_entropy(model(batch["images"]), batch["labels"], reduction="sum")
+            yield loss * scope.replicas / share.tokens + tape.loss()
 
 
 SUBJECTS: dict[str, LanguageModel | FlowMatching | Images] = {
     **FAMILIES,
     "sprint": FlowMatching(),
-    "token_merging": Images(),
+    "token_merging": Images(TokenMergingConfig(amount=4)),
+    "learned_budget": Images(LearnedBudgetConfig(target=0.5)),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adaptive.blocks.token_merging import Heads
 from adaptive.models.diffusion.layers import AxialRotary, ColumnLinear, RowLinear, rotate_pairs
 from adaptive.ops.flop_counter import FlopCounter, Work
+from adaptive.ops.masked_attention import masked_attention
 from adaptive.ops.varlen_attention import varlen_attention
 from adaptive.routing.layout import TokenLayout
 from parallel.mesh import Mesh
@@ -44,6 +45,7 @@ class VisionAttention(nn.Module):
         layout: TokenLayout,
         rotary: AxialRotary | None = None,
         key_bias: Tensor | None = None,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Heads]:
         """The update [T, D], and what this rank's heads compared."""
         x_TD = enter_tensor_region(x_TD, self.mesh)
@@ -58,9 +60,14 @@ class VisionAttention(nn.Module):
             prefix_T11 = (layout.positions < self.prefix)[:, None, None]
             tables = cos.masked_fill(prefix_T11, 1), sin.masked_fill(prefix_T11, 0)
             q_THh, k_THh = rotate_pairs(q_THh, tables), rotate_pairs(k_THh, tables)
-        attended_THh = varlen_attention(
-            q_THh, k_THh, v_THh, queries=layout, causal=False, key_bias=key_bias
-        )
+        if key_mask is None:
+            attended_THh = varlen_attention(
+                q_THh, k_THh, v_THh, queries=layout, causal=False, key_bias=key_bias
+            )
+        else:
+            attended_THh = masked_attention(
+                q_THh, k_THh, v_THh, layout=layout, key_mask=key_mask, key_bias=key_bias
+            )
         return self.output(attended_THh.flatten(-2)), Heads(q_THh, k_THh, unrotated_THh)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
@@ -127,10 +134,15 @@ class VisionLayer(nn.Module):
         layout: TokenLayout,
         rotary: AxialRotary | None = None,
         key_bias: Tensor | None = None,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Heads]:
         """The tokens after attention, and what its heads compared."""
         update_TD, heads = self.attention(
-            self.attention_norm(x_TD), layout=layout, rotary=rotary, key_bias=key_bias
+            self.attention_norm(x_TD),
+            layout=layout,
+            rotary=rotary,
+            key_bias=key_bias,
+            key_mask=key_mask,
         )
         return x_TD + update_TD, heads
 

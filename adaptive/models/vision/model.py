@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from adaptive.blocks.method import MethodHost, takes_methods
 from adaptive.blocks.protocol import MergingContext
-from adaptive.blocks.token_merging import TokenMerging
 from adaptive.models.diffusion.layers import AxialRotary, patchify
 from adaptive.models.vision.layers import VisionLayer
 from adaptive.ops.flop_counter import FlopCounter, Work
@@ -165,14 +164,18 @@ class VisionTransformer(nn.Module):
         """Normed hidden states [G, D] of what is left of the tokens, and who is in which group."""
         hidden_TD, layout = self._embed(x_BCHW)
         whole, sizes = Grouping.whole(layout), None
+        told: dict[str, Tensor] = {}  # what a learned budget has taken away
         for layer in self.layers:
-            if not isinstance(layer, TokenMerging):
+            if isinstance(layer, VisionLayer):
                 hidden_TD = layer(hidden_TD, layout=layout, rotary=self.rotary)
                 continue
-            hidden_TD, grouping = layer(hidden_TD, layout=layout, sizes=sizes, rotary=self.rotary)
+            hidden_TD, grouping = layer(
+                hidden_TD, layout=layout, sizes=sizes, rotary=self.rotary, **told
+            )
             if grouping is not None:
                 whole = whole.then(grouping)
                 layout, sizes = grouping.layout, grouping.sizes
+                told = {} if grouping.kept is None else {"kept": grouping.kept}
         return self.norm(hidden_TD), whole
 
     def _embed(self, x_BCHW: Tensor) -> tuple[Tensor, TokenLayout]:
@@ -201,6 +204,8 @@ class VisionTransformer(nn.Module):
             return hidden_GD.index_select(0, layout.cu_seqlens[:-1].long())
         sample_G = layout.sequence_ids
         shares_G = grouping.sizes.to(hidden_GD.dtype)
+        if grouping.kept is not None:
+            shares_G = shares_G * grouping.kept.to(hidden_GD.dtype)
         totals_B = shares_G.new_zeros(layout.batch_size).index_add(0, sample_G, shares_G)
         order_G = torch.arange(grouping.groups, device=hidden_GD.device)
         members = order_G, layout.cu_seqlens.long()
@@ -213,8 +218,8 @@ class VisionTransformer(nn.Module):
         count.linear(patches.in_features, patches.out_features, image, input_grad=False)
         for layer in self.layers:
             count(layer, work)
-            if isinstance(layer, TokenMerging):
-                work = layer.merged(count, work)
+            if not isinstance(layer, VisionLayer):
+                work = layer.merged(count, work)  # type: ignore[operator]
         count(self.head, work.of_samples)
 
 
@@ -223,9 +228,13 @@ def _rename_layers(model: nn.Module, weights: dict[str, Tensor], prefix: str, *_
     assert isinstance(model, VisionTransformer)
     for index, layer in enumerate(model.layers):
         plain = f"{prefix}layers.{index}."
-        wanted = f"{plain}layer." if isinstance(layer, TokenMerging) else plain
+        wanted = plain if isinstance(layer, VisionLayer) else f"{plain}layer."
+        own = {name for name, _ in layer.named_parameters(recurse=False)}
+        own |= {name for name, _ in layer.named_buffers() if not name.startswith("layer.")}
         for name in [name for name in weights if name.startswith(plain)]:
             rest = name.removeprefix(plain).removeprefix("layer.")
+            if rest in own:
+                continue
             weights[wanted + rest] = weights.pop(name)
 
 
@@ -240,6 +249,6 @@ def build_layer(config: VisionConfig, index: int, mesh: Mesh) -> nn.Module:
         mesh=mesh,
     )
     for method in config.methods:
-        context = MergingContext(index, config.num_layers, config.prefix)
+        context = MergingContext(index, config.num_layers, config.prefix, config.tokens)
         layer = method.build(context, layer)
     return layer
