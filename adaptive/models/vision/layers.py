@@ -65,6 +65,8 @@ class VisionAttention(nn.Module):
                 q_THh, k_THh, v_THh, queries=layout, causal=False, key_bias=key_bias
             )
         else:
+            # Each rank's heads give the mask a gradient of their own.
+            key_mask = enter_tensor_region(key_mask, self.mesh)
             attended_THh = masked_attention(
                 q_THh, k_THh, v_THh, layout=layout, key_mask=key_mask, key_bias=key_bias
             )
