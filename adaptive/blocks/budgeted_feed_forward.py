@@ -131,13 +131,17 @@ class BudgetedFeedForward(RoutedBlock):
         out_TD = self._forward_packed(pack(flat, present.indices), present.layout, mask)
         return torch.zeros_like(flat).index_copy(0, present.indices, out_TD).view_as(hidden)
 
+    @property
+    def replayed_choices(self) -> int:  # type: ignore[override]
+        return len(self.path_costs)
+
     def start_step(self, step: int) -> None:
         """Set temperature and noise of a training step."""
         self.temperature, self.noise = self.schedule.at(step)
 
     def _forward_packed(self, x_TD: Tensor, layout: TokenLayout, valid: Tensor | None) -> Tensor:
         router_logits_TK = self.score(x_TD)
-        choice = decide(lambda: self._choose(router_logits_TK, layout))
+        choice = decide(lambda: self._choose(router_logits_TK, layout, valid))
         soft_TK = soft_choice(router_logits_TK, choice.noise, temperature=self.temperature)
         gates_TU = straight_through(self.runs(choice.chosen), self.soft_runs(soft_TK))
         out_TD = torch.zeros_like(x_TD)
@@ -149,13 +153,15 @@ class BudgetedFeedForward(RoutedBlock):
             self._record(tape, choice, gates_TU, router_logits_TK, valid)
         return out_TD
 
-    def _choose(self, router_logits_TK: Tensor, layout: TokenLayout) -> UnitChoice:
+    def _choose(
+        self, router_logits_TK: Tensor, layout: TokenLayout, valid: Tensor | None
+    ) -> UnitChoice:
         logits_TK, noise = self._drawn_from(router_logits_TK)
         chosen_T, noise_TK = gumbel_choice(
             logits_TK, noise=noise, mesh=self.mesh, shard_sizes=layout.shard_sizes
         )
-        forced_T = forced_choice(self, chosen_T.shape[0])
-        chosen_T = chosen_T if forced_T is None else forced_T
+        forced_T = forced_choice(self, chosen_T.shape[0], valid)
+        chosen_T = chosen_T if forced_T is None else forced_T.flatten()
         return UnitChoice(chosen_T, noise_TK, self._selections(self.runs(chosen_T), layout))
 
     def _drawn_from(self, router_logits_TK: Tensor) -> tuple[Tensor, float]:

@@ -27,6 +27,7 @@ from adaptive.ops.exact_buffers import ExactBuffers
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.pack import combine, pack
 from adaptive.routing.choice import capacity_tokens, expert_choice_packed, threshold_choice
+from adaptive.routing.forced import forced_choice
 from adaptive.routing.layout import TokenLayout
 from adaptive.routing.losses import choice_loss
 from adaptive.routing.recompute import decide
@@ -107,6 +108,7 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
     """
 
     kind = "mixture_of_depths"
+    replayed_choices = 2
     exact_buffers = ("threshold",)  # it lies between two logits, which are float32
     threshold: Tensor
 
@@ -189,7 +191,9 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         routed_TD = hidden_TD if valid_T is None else without_padding(hidden_TD, valid_T)
         logits_T = self.router(routed_TD).squeeze(-1)
         causal_logits_T = self._causal_logits(routed_TD, logits_T)
-        selection = decide(lambda: self._choose(logits_T, causal_logits_T, layout, valid_T))
+        selection = decide(
+            lambda: self._choose(logits_T, causal_logits_T, layout, valid_T, packed_T)
+        )
         weights_R = update_weights(self.weight, pack(logits_T, selection.indices))
         selection = selection.with_weights(weights_R)
         packed_RD = pack(hidden_TD, selection.indices)
@@ -267,8 +271,18 @@ class MixtureOfDepths(ExactBuffers, RoutedBlock):
         return logits_T if self.predictor is None else self.predictor(hidden_TD)
 
     def _choose(
-        self, logits_T: Tensor, causal_logits_T: Tensor, layout: TokenLayout, valid_T: Tensor | None
+        self,
+        logits_T: Tensor,
+        causal_logits_T: Tensor,
+        layout: TokenLayout,
+        valid_T: Tensor | None,
+        packed_T: Tensor | None,
     ) -> Selection:
+        told = self.told is not None
+        forced_T = forced_choice(self, logits_T.shape[0], packed_T) if told else None
+        if forced_T is not None:
+            chosen_T = forced_T == 1
+            return self._selection(chosen_T if valid_T is None else chosen_T & valid_T, layout)
         shared = self.mesh.shard_group is not None
 
         def gather(x_T: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.permute import permute, unpermute
 from adaptive.ops.ranking import count_by_unit
 from adaptive.routing.assignment import Assignment
-from adaptive.routing.balance import ExpertBias, biased, load_balancing_loss
+from adaptive.routing.balance import ExpertBias, biased, load_balancing_loss, total_of
 from adaptive.routing.collapse import collapse_statistics
+from adaptive.routing.forced import forced_choice
 from adaptive.routing.hyperspherical import Gate, HypersphericalRouter
 from adaptive.routing.layout import TokenLayout, valid_tokens
 from adaptive.routing.losses import z_loss
@@ -35,7 +36,6 @@ from adaptive.routing.scope import BatchScope
 from adaptive.routing.tape import (
     AuxiliaryLoss,
     RoutingRecord,
-    RoutingTape,
     current_tape,
     masked_mean,
 )
@@ -45,6 +45,7 @@ from adaptive.routing.token_choice import (
     experts_choose,
     gate_scores,
     token_choice,
+    told_choice,
 )
 from parallel.expert import combine, dispatch, plan_dispatch
 from parallel.mesh import Mesh
@@ -155,6 +156,7 @@ class MixtureOfExperts(RoutedBlock):
         self.choice, self.groups, self.jitter = choice, groups, jitter
         self.balance_coefficient, self.z_coefficient = balance_coefficient, z_coefficient
         self.causal = choice == "token"
+        self.replayed_choices = units + 1 if self.causal else 0  # the last: to no expert
         self.measures_collapse = False
         self.mesh = Mesh.single() if mesh is None else mesh
         self.router = LinearRouter(dim, units, mesh=self.mesh) if router is None else router
@@ -201,7 +203,10 @@ class MixtureOfExperts(RoutedBlock):
         within = None if shards is None else self.mesh.tensor_sizes(shards)
         gather = partial(gather_over_shards, mesh=mesh, shard_sizes=within)
         everyone_T = None if valid_T is None else gather(valid_T)
-        assignment = decide(lambda: self.choose(gather(scores_TE), everyone_T))
+        if self.told is None:
+            assignment = decide(lambda: self.choose(gather(scores_TE), everyone_T))
+        else:
+            assignment = decide(lambda: self._told(scores_TE.shape[0], gather, everyone_T))
         own = decide(lambda: self._own(assignment, hidden_TD.shape[0], within))
         own = own.with_weights(self._weights(scores_TE, own))
         enter = partial(enter_tensor_region, mesh=self.mesh, shard_sizes=shards)
@@ -238,6 +243,11 @@ class MixtureOfExperts(RoutedBlock):
             capacity_factor=self.capacity_factor if self.training else None,
             num_idle=self.num_idle,
         )
+
+    def _told(self, tokens: int, gather: Any, valid_T: Tensor | None) -> Assignment:
+        index_TK = gather(forced_choice(self, tokens))
+        sizes = (self.top_k, self.num_experts)
+        return told_choice(index_TK, *sizes, valid_T=valid_T, num_idle=self.num_idle)
 
     def compute(self, hidden_TD: Tensor, assignment: Assignment) -> Tensor:
         """Run the experts on the taken pairs and sum them by weight: [T, D] -> [T, D].
@@ -312,7 +322,8 @@ class MixtureOfExperts(RoutedBlock):
         units = self.num_experts + self.num_idle
         load_E = count_by_unit(assignment.expert_index, units + 1)[:units]
         tokens = logits_TE.shape[0] if valid_T is None else valid_T.sum()
-        total = self._total(tape, torch.cat([load_E, load_E.new_ones(1) * tokens]))
+        counts = torch.cat([load_E, load_E.new_ones(1) * tokens])
+        total = total_of(counts, tape, self.mesh)
         if counts_bias and not recomputing() and not (tape is not None and tape.scope.counting):
             assert self.expert_bias is not None
             # Every micro-batch is told the total of all of them.
@@ -378,19 +389,6 @@ class MixtureOfExperts(RoutedBlock):
             weights=weights_N,
             chosen=assignment.expert_index,
         )
-
-    def _total(self, tape: RoutingTape | None, counts: Tensor) -> Tensor:
-        """Counts of the global batch. A collective: every rank calls it."""
-        counts = counts.float()
-        if tape is not None:
-            return tape.total(counts)
-
-        def summed() -> Tensor:
-            if self.mesh.token_group is not None:
-                torch.distributed.all_reduce(counts, group=self.mesh.token_group)
-            return counts
-
-        return decide(summed)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         """Products of the router, the chosen experts and the shared ones, see FlopCounter."""

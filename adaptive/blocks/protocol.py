@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from adaptive.blocks.feed_forward import MakeLinear
 from adaptive.ops.flop_counter import FlopCounter, Work
@@ -190,6 +190,8 @@ class RoutedBlock(nn.Module):
             model with a module that says False cannot generate with a cache.
         path_costs: the share of full compute that each choice of a token costs, where
             `force_choices` may make the choice; empty: it may not.
+        replayed_choices: how many choices a token has, where `replay` may make it; 0: it may not.
+        told: what its tokens must choose, inside `force_choices` or `replay`.
         takes_packed: it is called as `block(packed_TD, layout=…)`.
         grid: rows and columns of tokens, where these are patches of images.
     """
@@ -197,6 +199,8 @@ class RoutedBlock(nn.Module):
     kind: str = ""
     causal: bool = True
     path_costs: tuple[float, ...] = ()
+    replayed_choices: int = 0
+    told: Tensor | None = None
     takes_packed: bool = True
     grid: tuple[int, ...] | None = None
 

@@ -100,6 +100,7 @@ class SkipLayer(RoutedBlock):
 
     kind = "skip_layer"
     path_costs = (0.0, 1.0)
+    replayed_choices = 2
 
     def __init__(
         self,
@@ -229,7 +230,9 @@ class SkipLayer(RoutedBlock):
         if self.granularity == "ffn":
             hidden_TD = attend(self.block, hidden_TD, layout, None, **kwargs)
         router_logits_T2 = self.router(F.layer_norm(hidden_TD, hidden_TD.shape[-1:]))
-        executing, skipping, noise_T2 = decide(lambda: self._choose(router_logits_T2, layout))
+        executing, skipping, noise_T2 = decide(
+            lambda: self._choose(router_logits_T2, layout, valid)
+        )
         soft_T2 = soft_choice(router_logits_T2, noise_T2, temperature=self.temperature)
         hard_T = executing.mask(hidden_TD.shape[0])
         gates_T = straight_through(hard_T, soft_T2[:, EXECUTE])
@@ -272,12 +275,14 @@ class SkipLayer(RoutedBlock):
             return self.inner_among_all(hidden_TD, layout, tokens, **kwargs) - packed_RD
         return self.inner(packed_RD, tokens, **kwargs) - packed_RD
 
-    def _choose(self, router_logits_T2: Tensor, layout: TokenLayout) -> SkipDecision:
+    def _choose(
+        self, router_logits_T2: Tensor, layout: TokenLayout, valid: Tensor | None
+    ) -> SkipDecision:
         noise = self.noise if self.training else 0.0
         choice = gumbel_choice(
             router_logits_T2, noise=noise, mesh=self.mesh, shard_sizes=layout.shard_sizes
         )
-        forced_T = forced_choice(self, choice.chosen.shape[0])
+        forced_T = forced_choice(self, choice.chosen.shape[0], valid)
         executes_T = (choice.chosen if forced_T is None else forced_T) == EXECUTE
         skipping = None
         if self.skipped_gradient == "exact":

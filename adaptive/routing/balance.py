@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from adaptive.ops.exact_buffers import ExactBuffers
+from adaptive.routing.recompute import decide
 from adaptive.routing.scope import BatchScope
+from adaptive.routing.tape import RoutingTape
+from parallel.mesh import Mesh
 
 
 def load_balancing_loss(
@@ -33,6 +36,23 @@ def load_balancing_loss(
         return scope.share_of(total, tokens) * load_E.shape[0]
     total = torch.where(valid_T, per_token_T, 0).sum()
     return scope.share_of(total, valid_T.sum()) * load_E.shape[0]
+
+
+def total_of(counts: Tensor, tape: RoutingTape | None, mesh: Mesh) -> Tensor:
+    """Counts of the global batch; without a tape, of this micro-batch over the ranks.
+
+    A collective: every rank calls it.
+    """
+    counts = counts.float()
+    if tape is not None:
+        return tape.total(counts)
+
+    def summed() -> Tensor:
+        if mesh.token_group is not None:
+            torch.distributed.all_reduce(counts, group=mesh.token_group)
+        return counts
+
+    return decide(summed)
 
 
 class ExpertBias(ExactBuffers):

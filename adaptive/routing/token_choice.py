@@ -114,6 +114,29 @@ def token_choice(
     )
 
 
+def told_choice(
+    expert_index_TK: Tensor,
+    top_k: int,
+    num_experts: int,
+    *,
+    valid_T: Tensor | None = None,
+    num_idle: int = 0,
+) -> Assignment:
+    """The experts that `forced_choice` gave, from `num_experts` on an idle one or none.
+
+    Raises:
+        ValueError: unless there are `top_k` a token.
+    """
+    if expert_index_TK.shape[1:] != (top_k,):
+        shape = list(expert_index_TK.shape)
+        raise ValueError(f"forced choices of shape {shape}: must be [tokens, {top_k}]")
+    if valid_T is not None:
+        expert_index_TK = expert_index_TK.masked_fill(~valid_T[:, None], num_experts + num_idle)
+    return Assignment.from_choices(
+        expert_index_TK, num_experts, taken_TK=expert_index_TK < num_experts
+    )
+
+
 def capacity_of(
     capacity_factor: float, tokens: int | Tensor, num_experts: int, top_k: int
 ) -> int | Tensor | None:

@@ -367,7 +367,9 @@ class _Depths:
             causal_T = logits_T = module.router(x_TD).squeeze(-1)
         else:
             causal_T = self._predict(x_TD)
-        chosen = [logit > self._threshold for logit in causal_T.tolist()]
+        forced_T = forced_choice(module, x_TD.shape[0])
+        chosen_T = causal_T > self._threshold if forced_T is None else forced_T == 1
+        chosen = chosen_T.tolist()
         rows = [row for row, taken in enumerate(chosen) if taken]
         some = tokens.take(rows) if rows else None
         x_RD = _taken(x_TD, rows)
