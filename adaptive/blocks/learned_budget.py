@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.blocks.protocol import MergingContext, Method, Place, RoutedBlock
-from adaptive.blocks.token_merging import attention_received
+from adaptive.blocks.token_merging import attention_received, count_attention_received
 from adaptive.ops.flop_counter import FlopCounter, Work
 from adaptive.ops.merge import merge
 from adaptive.routing.budgets import (
@@ -298,7 +298,7 @@ class LearnedBudget(RoutedBlock):
         attention = self.layer.attention
         count(attention, work)
         count.comparison(attention.head_dim, work)
-        count.comparison(attention.head_dim * attention.num_heads, work)
+        count_attention_received(count, attention, work)
         count(self.layer.ffn, left)
 
 

@@ -197,14 +197,14 @@ class TokenMerging(RoutedBlock):
     def count_matching(self, count: FlopCounter, work: Work) -> None:
         """The products of comparing keys, and of `mctf` those of attention received."""
         attention = self.layer.attention
-        if self.matching == "bsm":
+        if self.matching in ("bsm", "mctf"):
             odd_B = torch.floor(work.tokens / 2)
             sides = Work(work.tokens - odd_B, odd_B, odd_B, work.sequences)
             count.comparison(attention.head_dim, sides)
-        elif self.matching in ("pitome", "pitome_text", "mctf"):
+        elif self.matching in ("pitome", "pitome_text"):
             count.comparison(attention.head_dim, work)
         if self.matching == "mctf":
-            count.comparison(attention.head_dim * attention.num_heads, work)
+            count_attention_received(count, attention, work)
 
 
 def attention_received(
@@ -226,25 +226,44 @@ def attention_received(
     shape = (layout.batch_size, layout.max_seqlen)
     scale = q_THh.shape[-1] ** -0.5
     if layout.uniform:
-        q, k = (x.unflatten(0, shape).transpose(1, 2) for x in (q_THh, k_THh))
-        scores = q @ k.transpose(2, 3) * scale
+        q, k = (x.unflatten(0, shape).transpose(1, 2) for x in (q_THh * scale, k_THh))
+        scores = q @ k.transpose(2, 3)
         if key_bias is not None:
             scores = scores + key_bias.to(scores.dtype).unflatten(0, shape)[:, None, None]
-        if kept_T is None:
-            return scores.softmax(-1).mean(2).transpose(1, 2).flatten(0, 1)
-        kept_BS = kept_T.unflatten(0, shape)
-        shares = scores.masked_fill(~kept_BS[:, None, None], -torch.inf).softmax(-1)
-        received = (shares * kept_BS[:, None, :, None]).sum(2) / kept_BS.sum(-1)[:, None, None]
-        return received.transpose(1, 2).flatten(0, 1)
+        kept_B1S = None if kept_T is None else kept_T.unflatten(0, shape)[:, None]
+        return _mean_over_queries(scores, kept_B1S).transpose(1, 2).flatten(0, 1)
     lengths = layout.cu_seqlens.diff().tolist()
     received, start = [], 0
     for q, k in zip(q_THh.split(lengths), k_THh.split(lengths), strict=True):
         scores_HQK = q.transpose(0, 1) @ k.permute(1, 2, 0) * scale
         if key_bias is not None:
             scores_HQK = scores_HQK + key_bias[start : start + len(k)].to(scores_HQK.dtype)
-        received.append(scores_HQK.softmax(-1).mean(1).t())
+        received.append(_mean_over_queries(scores_HQK).t())
         start += len(k)
     return torch.cat(received)
+
+
+def _mean_over_queries(scores_QK: Tensor, kept_Q: Tensor | None = None) -> Tensor:
+    """Softmax over keys, then the mean over queries: [..., Q, K] -> [..., K]. No gradient.
+
+    The shares are never written: their column sums are a product with 1 / (Q Z_q). Of queries
+    that are not kept there are neither.
+    """
+    scores_QK = scores_QK.detach()
+    if kept_Q is not None:
+        scores_QK = scores_QK.masked_fill(~kept_Q[..., None, :], -torch.inf)
+    powers_QK = scores_QK.sub_(scores_QK.amax(-1, keepdim=True)).exp_()
+    weights_Q = 1 / powers_QK.sum(-1)
+    if kept_Q is None:
+        weights_Q = weights_Q / scores_QK.shape[-2]
+    else:
+        weights_Q = weights_Q * kept_Q / kept_Q.sum(-1, keepdim=True)
+    return (weights_Q[..., None, :] @ powers_QK).squeeze(-2)
+
+
+def count_attention_received(count: FlopCounter, attention: Any, work: Work) -> None:
+    """Scores of all heads, and the sums over queries."""
+    count.comparison((attention.head_dim + 1) * attention.num_heads, work)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaptive.routing.grouping import Grouping
@@ -201,7 +202,7 @@ def adjacent(
             similar = similar.masked_fill(protected_BS[:, :-1] | protected_BS[:, 1:], -torch.inf)
         joined, fixed = _best(similar, amount, threshold, tokens, protected_BS is not None)
         # Every token goes to the last of its run: the next place that is not joined to another.
-        last = torch.nn.functional.pad(~joined, (0, 1), value=True)
+        last = F.pad(~joined, (0, 1), value=True)
         ends = torch.where(last, place_BS, tokens).flip(1).cummin(1).values.flip(1)
         return ends, fixed
 
@@ -289,14 +290,15 @@ def mctf(
         attention_BS, size_BS = given
         place = _own_places(attention_BS)
         pairs = min(amount_of(amount, tokens), tokens // 2)
-        score_BSS = _mctf_scores(metric_BSC, attention_BS, size_BS, temperatures)
+        # Every pair is of an even and an odd place: the second direction reads the transpose.
+        score_BAZ = _mctf_scores(metric_BSC, attention_BS, size_BS, temperatures)
         out = torch.zeros_like(place, dtype=torch.bool) if protected_BS is None else protected_BS
         target = place
         for first, count in ((0, -(-pairs // 2)), (1, pairs // 2)):
             sources, places = place[:, first::2], place[:, 1 - first :: 2]
             if count == 0 or not places.shape[1]:
                 continue
-            score = score_BSS[:, first::2, 1 - first :: 2]
+            score = score_BAZ.transpose(1, 2) if first else score_BAZ
             closed = out[:, first::2, None] | out[:, None, 1 - first :: 2]
             best, partner = score.masked_fill(closed, -torch.inf).max(-1)
             best_first = best.argsort(dim=-1, descending=True, stable=True)[:, :count]
@@ -318,13 +320,20 @@ def mctf(
 def _mctf_scores(
     metric_BSC: Tensor, attention_BS: Tensor, size_BS: Tensor, temperatures: tuple[float, ...]
 ) -> Tensor:
-    alike = (metric_BSC @ metric_BSC.transpose(1, 2) + 1).clamp(min=0) / 2
-    score = alike ** (1 / temperatures[0])
+    """[B, A, Z]: of tokens at even places and at odd ones.
+
+    The greatest 1 / (v_i v_j) of a sequence is the square of its greatest 1 / v, so that what is
+    divided by it is a product of a factor for each of the two.
+    """
+    factor_BS = torch.ones_like(metric_BSC[..., 0])
     for value_BS, temperature in zip((attention_BS, size_BS), temperatures[1:], strict=True):
-        inverse = 1 / value_BS.to(metric_BSC.dtype)
-        pair = inverse[:, :, None] * inverse[:, None]
-        score = score * (pair / pair.amax((1, 2), keepdim=True)) ** (1 / temperature)
-    return score
+        least_B1 = value_BS.amin(1, keepdim=True)
+        factor_BS = factor_BS * (least_B1 / value_BS).to(factor_BS.dtype) ** (1 / temperature)
+    even, odd = metric_BSC[:, 0::2], metric_BSC[:, 1::2]
+    score = (even @ odd.transpose(1, 2)).add_(1).clamp_(min=0).div_(2)
+    if temperatures[0] != 1:
+        score.pow_(1 / temperatures[0])
+    return score.mul_(factor_BS[:, 0::2, None]).mul_(factor_BS[:, None, 1::2])
 
 
 def _energy(similar_BSS: Tensor, margin: float, form: str) -> Tensor:
@@ -332,9 +341,11 @@ def _energy(similar_BSS: Tensor, margin: float, form: str) -> Tensor:
         sigma = 1 - margin
         kernel = torch.exp(-0.5 * ((1 - similar_BSS) / sigma) ** 2)
         return kernel.mean(-1) / (sigma * math.sqrt(2 * math.pi))
-    # On the CPU expm1 takes several times as long; below a margin of 1 the 1 cancels little.
-    below = (similar_BSS - margin).exp_().sub_(1)
-    return torch.where(similar_BSS >= margin, similar_BSS, below).mean(-1)
+    # elu(x - margin) lacks the margin itself above it: a count puts it back, in fewer passes.
+    # (ge_ leaves numbers: summing booleans converts them first, which costs more than all else.)
+    over_BSS = similar_BSS - margin
+    bent_BS = F.elu(over_BSS).sum(-1)
+    return (bent_BS + margin * over_BSS.ge_(0).sum(-1)) / similar_BSS.shape[-1]
 
 
 def _merge_best(
@@ -397,7 +408,7 @@ def _grouping(
 ) -> Grouping:
     """Match sequence by sequence, those of one length at once, and number the groups."""
     wide = torch.promote_types(metric_TC.dtype, torch.float32)
-    metric_TC = torch.nn.functional.normalize(metric_TC.detach().to(wide), dim=-1)
+    metric_TC = F.normalize(metric_TC.detach().to(wide), dim=-1)
     if layout.uniform and layout.tokens:
         shape = layout.batch_size, layout.max_seqlen
         columns = [x.unflatten(0, shape) for x in more_T]
