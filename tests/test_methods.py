@@ -60,7 +60,8 @@ def test_a_method_has_a_row_a_page_a_recipe_public_names_and_a_parity_subject(
 @pytest.mark.parametrize("method", IN_A_DECODER, ids=lambda method: method.name)
 def test_executed_operations_are_those_that_torch_counts(method: type[Method]) -> None:
     torch.manual_seed(0)
-    model = Decoder(TINY.with_method(method()))
+    # Soft training of a stack may carry biases in wider heads, which torch counts as products.
+    model = Decoder(TINY.with_method(method())).train(method.place != "stack")
     ids_BS = torch.randint(0, 256, (2, 32))
     with (
         sdpa_kernel(SDPBackend.MATH),

@@ -11,6 +11,7 @@ from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
+from adaptive.blocks.delete_gate import DeleteGateConfig
 from adaptive.blocks.learned_budget import LearnedBudgetConfig
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
 from adaptive.blocks.mixture_of_experts import MixtureOfExpertsConfig
@@ -43,6 +44,7 @@ METHODS: tuple[type[Method], ...] = (
     MixtureOfDepthsConfig,
     SkipLayerConfig,
     SegmentsConfig,
+    DeleteGateConfig,
     TokenMergingConfig,
     LearnedBudgetConfig,
     SparseDenseFusionConfig,

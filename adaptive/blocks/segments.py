@@ -283,7 +283,7 @@ class BoundaryGate(nn.Module):
     def __init__(self, dim: int, *, prior: float, std: float) -> None:
         super().__init__()
         self.dim = dim
-        self.hidden, self.score = _WideLinear(dim, dim), _WideLinear(dim, 1)
+        self.hidden, self.score = WideLinear(dim, dim), WideLinear(dim, 1)
         for part in (self.hidden, self.score):
             nn.init.normal_(part.weight, std=std)
             nn.init.zeros_(part.bias)
@@ -301,7 +301,7 @@ class BoundaryGate(nn.Module):
         count(self.score, work)
 
 
-class _WideLinear(nn.Linear):
+class WideLinear(nn.Linear):
     """In its input's dtype; called, not read from, so that ZeRO 3 brings its weights."""
 
     def forward(self, x_TI: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.blocks.adaptive_computation import AdaptiveComputationConfig
+from adaptive.blocks.delete_gate import DeleteGateConfig
 from adaptive.blocks.learned_budget import LearnedBudgetConfig
 from adaptive.blocks.method import Method, methods
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
@@ -147,6 +148,9 @@ FAMILIES = {
     "adaptive_computation": LanguageModel(
         replace(TINY, adaptive_computation=AdaptiveComputationConfig(schedule=QUIET))
     ),
+    "delete_gate": LanguageModel(
+        replace(TINY, num_layers=3, delete_gate=DeleteGateConfig(before=1, proportional=5.0))
+    ),
     "segments": LanguageModel(
         replace(TINY, num_layers=3, segments=SegmentsConfig(prior=0.4, schedule=QUIET))
     ),
@@ -261,7 +265,7 @@ SUBJECTS: dict[str, LanguageModel | FlowMatching | Images] = {
 
 def splits_on(subject: str, degrees: Mapping[str, object]) -> bool:
     """Whether the subject's model can be split that way."""
-    if subject == "segments":  # whose tokens lie on one rank
+    if subject in ("segments", "delete_gate"):  # whose tokens lie on one rank
         return set(degrees) <= {"tensor"}
     if subject in FAMILIES:
         return degrees.get("tensor") != 4 or FAMILIES[subject].config.kv_heads % 4 == 0

@@ -471,7 +471,9 @@ class Cache:
             ValueError: the model computes segments, of which open ones cannot be taken back.
         """
         if self.stack is not None:
-            raise ValueError("rewind: a model of segments keeps the sum of an open one only")
+            raise ValueError(
+                "rewind: a model of segments, or that deletes tokens, keeps its last state only"
+            )
         self._seen, self._counts = counts_B.tolist(), None
         for layer in self._layers:
             layer.rewind(self._seen)

@@ -241,6 +241,7 @@ class Attention(nn.Module):
         layout: TokenLayout,
         context: tuple[Tensor, TokenLayout] | None = None,
         cache: KeyValueCache | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         split = self.mesh.tensor_group is not None
         if split:
@@ -261,6 +262,13 @@ class Attention(nn.Module):
                     "context_attention=ring: cannot generate with a cache; use ulysses, or one rank"
                 )
             attended_RHh = self._attend_ring(q_RHh, k_TGh, v_TGh, layout, keys)
+        elif key_bias is not None:
+            q_RHh, k_TGh = self._rotate(q_RHh, k_TGh, layout.positions, None)
+            # Its gradient is the sum of what the heads of all ranks say.
+            key_bias = enter_tensor_region(key_bias, self.mesh)
+            attended_RHh = varlen_attention(
+                q_RHh, k_TGh, v_TGh, queries=layout, causal=True, key_bias=key_bias
+            )
         else:
             same = context is None
             attended_RHh = self._attend(q_RHh, k_TGh, v_TGh, layout, None if same else keys, cache)
@@ -366,6 +374,7 @@ class DecoderLayer(nn.Module):
         layout: TokenLayout,
         queries: Selection | None = None,
         cache: KeyValueCache | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         normed_TD = self.attention_norm(x_TD)
         context = None
@@ -373,5 +382,8 @@ class DecoderLayer(nn.Module):
             context = (normed_TD, layout)
             x_TD, normed_TD = pack(x_TD, queries.indices), pack(normed_TD, queries.indices)
             layout = queries.layout
-        x_TD = x_TD + self.attention(normed_TD, layout=layout, context=context, cache=cache)
+        options = {} if key_bias is None else {"key_bias": key_bias}
+        x_TD = x_TD + self.attention(
+            normed_TD, layout=layout, context=context, cache=cache, **options
+        )
         return x_TD + self.ffn(self.ffn_norm(x_TD), layout=layout)

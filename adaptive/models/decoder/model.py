@@ -298,16 +298,18 @@ class Decoder(nn.Module):
         layout: TokenLayout,
         first: int,
         last: int,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         """The tokens after the layers from `first` up to but not `last`."""
+        options = {} if key_bias is None else {"key_bias": key_bias}
         for index in range(first, last):
             layer = self.layers[index]
             if cache is not None:
                 hidden_TD = layer(hidden_TD, layout=layout, cache=cache.layer(index))
             elif self.config.recompute and torch.is_grad_enabled():
-                hidden_TD = checkpoint(layer, hidden_TD, layout=layout)
+                hidden_TD = checkpoint(layer, hidden_TD, layout=layout, **options)
             else:
-                hidden_TD = layer(hidden_TD, layout=layout)
+                hidden_TD = layer(hidden_TD, layout=layout, **options)
         return hidden_TD
 
     def _split_logits(self, hidden_TD: Tensor, layout: TokenLayout) -> Tensor:
