@@ -1,6 +1,6 @@
 """Trees of drafts: verified in one pass, kept as a path, and what comes out is plain sampling."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -26,7 +26,12 @@ from adaptive.models.decoder.speculation.trees import (
     taken_path,
     template,
 )
-from adaptive.models.decoder.speculation.verification import k_seq, recursive_acceptance
+from adaptive.models.decoder.speculation.verification import (
+    Verdict,
+    chain,
+    k_seq,
+    recursive_acceptance,
+)
 from adaptive.models.decoder.speculative import Speculation
 from adaptive.models.decoder.tree_speculation import speculate_trees
 from tests.adaptive.models.test_speculative import (
@@ -119,13 +124,22 @@ class TreeTables(Tables):
         return
 
 
+def place_of(kind: str) -> tuple[TreeTables, Tensor, Tensor, int]:
+    """Tables, what draft and model draw from, and a token behind which half the drafts are taken.
+
+    Where nearly all or none are, a wrong rule is hardly seen.
+    """
+    tables = TreeTables(chosen=kind == "chosen")
+    p_VV, q_VV = (TOP_P.probabilities(x).double() for x in (tables.draft, tables.target))
+    start = int((torch.minimum(p_VV, q_VV).sum(1) - 0.57).abs().argmin())
+    return tables, p_VV, q_VV, start
+
+
 @pytest.mark.parametrize("kind", ["chosen", *SHAPES])
 def test_a_tree_makes_a_token_of_the_model(kind: str) -> None:
     """Chi-square on 50 tokens at temperature 1 with top-p: the first token behind a tree."""
-    tables, sampling = TreeTables(chosen=kind == "chosen"), TOP_P
-    p_VV, q_VV = (sampling.probabilities(x).double() for x in (tables.draft, tables.target))
+    tables, p_VV, q_VV, start = place_of(kind)
     chance = torch.Generator().manual_seed(1)
-    start = int(torch.minimum(p_VV, q_VV).sum(1).argmax())  # where many drafts are taken
     shape = SHAPES.get(kind, Budgeted(6))
     firsts, longer = [], 0
     for _ in range(2500):
@@ -134,11 +148,39 @@ def test_a_tree_makes_a_token_of_the_model(kind: str) -> None:
         else:
             tree = shape.grow(lambda path: p_VV[path[-1] if path else start], chance)
         path, token = taken_path(tree, q_VV[[start, *tree.tokens]], shape.judge, chance)
-        text = [*(tree.tokens[node] for node in path), token]
-        firsts.append(text[0])
+        firsts.append(tree.tokens[path[0]] if path else token)
         longer += bool(path)
     assert chi_square(firsts, q_VV[start]) > 1e-3
-    assert 900 < longer < 2500
+    assert 300 < longer < 2500
+
+
+K_SEQ_ALIKE: dict[str, Callable[[Tensor, Tensor, float], tuple[float, Tensor]]] = {
+    "right": lambda p, q, rho: (rho, k_seq(p, q, 3).residual),
+    "each as if it were alone": lambda p, q, rho: (1, chain(p, q).residual),
+    "the largest rho": lambda p, q, rho: (3, k_seq(p, q, 3).residual),
+    "what one draft leaves": lambda p, q, rho: (rho, chain(p, q).residual),
+    "the model's own token": lambda p, q, rho: (rho, q),
+}
+
+
+@pytest.mark.parametrize("rule", K_SEQ_ALIKE)
+def test_chi_square_of_trees_tells_k_seq_from_what_resembles_it(rule: str) -> None:
+    _, p_VV, q_VV, start = place_of("k-seq")
+    p_V, q_V = p_VV[start], q_VV[start]
+    rho, residual_V = K_SEQ_ALIKE[rule](p_V, q_V, float(k_seq(p_V, q_V, 3).rho))
+    accept_V = torch.where(p_V > 0, q_V / (rho * p_V), 0).clamp(max=1)
+    chance = torch.Generator().manual_seed(1)
+    firsts = []
+    for _ in range(2500):
+        tree = Independent(3, 1).grow(lambda path: p_V, chance)
+        path, token = taken_path(
+            tree,
+            torch.stack([q_V] * 4),
+            lambda p, q, drafts: Verdict(accept_V[drafts], residual_V),
+            chance,
+        )
+        firsts.append(tree.tokens[path[0]] if path else token)
+    assert (chi_square(firsts, q_V) > 1e-3) == (rule == "right")
 
 
 @pytest.mark.parametrize("kind", ["chosen", "budgeted"])

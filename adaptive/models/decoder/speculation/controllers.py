@@ -96,26 +96,36 @@ class Thompson:
     brings costs less than those so far, `a^(g+1) (V + g D) > D (1 + a + ... + a^g)`, with V the
     time of a round that drafts nothing and D what a draft adds to a round, its own time and that
     of its verification. Rounds without drafts, then with one, measure V and D first, but not the
-    first of either, which holds the prompt.
+    first of either, which holds the prompt, nor a draft's first round behind plain ones, in which
+    it reads what it has missed.
+
+    What drafting has lost against plain rounds stays below a share of the time: a try is made
+    only where its worst fits, so the less drafts are worth, the rarer they are tried.
 
     Args:
         count: most tokens of a round.
         forget: factor on what is known, every round: what has not paid is tried again.
+        loss: share of the time that tries may lose.
         seed: of the guesses.
 
     Source: the posterior of EESD, arXiv 2406.03853 (its "Beta-TS"); the rule is ours.
     """
 
-    def __init__(self, count: int = 8, *, forget: float = 0.995, seed: int = 0) -> None:
+    def __init__(
+        self, count: int = 8, *, forget: float = 0.995, loss: float = 0.01, seed: int = 0
+    ) -> None:
         if count < 0:
             raise ValueError(f"count={count}: must be 0 or more")
         if not 0 < forget <= 1:
             raise ValueError(f"forget={forget}: must be in (0, 1]")
-        self.count, self.forget = count, forget
+        if not 0 < loss < 1:
+            raise ValueError(f"loss={loss}: must be in (0, 1)")
+        self.count, self.forget, self.loss = count, forget, loss
         self._random = random.Random(seed)
         self._taken = self._rejected = 0.0
         self._rounds = 0
-        self._tried = False
+        self._drafting = False
+        self._seconds = self._lost = 0.0
         self._plain = _Middle()
         self._draft = _Middle()
 
@@ -127,10 +137,16 @@ class Thompson:
         # The first round holds the prompt: its time says nothing.
         if self._rounds < 2 or self.count == 0:
             return 0
-        if self._draft.value is None or self._plain.value is None:
+        plain, draft = self._plain.value, self._draft.value
+        if plain is None or draft is None:
             return 1
         share = self._random.betavariate(1 + self._taken, 1 + self._rejected)
-        return worthwhile(share, self._draft.value / self._plain.value, self.count)
+        count = worthwhile(share, draft / plain, self.count)
+        # All of them rejected loses their time; a try is of two rounds.
+        room = self.loss * self._seconds - self._lost
+        while count and not self._drafting and 2 * count * draft > room:
+            count -= 1
+        return count
 
     def go_on(self, confidence: float) -> bool:
         return True
@@ -151,11 +167,18 @@ class Thompson:
         self._taken += sum(accepted)
         self._rejected += sum(taken < count for count, taken in zip(drafted, accepted, strict=True))
         seconds = draft_seconds + verify_seconds
-        if not any(drafted):
+        plain = self._plain.value
+        drafts = max(drafted, default=0)
+        if not drafts:
             self._plain.add(seconds)
-        elif self._tried:
-            self._draft.add(max(seconds - (self._plain.value or 0.0), 0.0) / max(drafted))
-        self._tried = self._tried or any(drafted)
+        elif self._drafting and plain is not None:
+            self._draft.add(max(seconds - plain, 0.0) / drafts)
+        if drafts and plain is not None:
+            made = 1 + sum(accepted) / len(accepted)
+            self._lost += seconds - plain * made
+        self._seconds = self._seconds * self.forget + seconds
+        self._lost *= self.forget
+        self._drafting = drafts > 0
 
 
 def worthwhile(share: float, cost: float, most: int) -> int:

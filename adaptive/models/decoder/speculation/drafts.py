@@ -74,6 +74,8 @@ class Draft(Protocol):
 
 
 _CANDIDATES = 8
+_UNREAD = 32
+"""Passes whose logits wait to be read."""
 
 
 class ExitDraft:
@@ -115,7 +117,7 @@ class ModelDraft:
                 f"vocab_size={own} of the draft: must be the model's, "
                 f"{inference.model.config.vocab_size}"
             )
-        return _ModelRun(inference, batch_size, Inference(self.model, rows=batch_size))
+        return _ModelRun(inference, batch_size, self.model)
 
 
 class NgramDraft:
@@ -149,13 +151,34 @@ class RecyclingDraft:
     """
 
     def __init__(self) -> None:
-        self.candidates: Tensor | None = None
+        self._table: Tensor | None = None
+        # Tokens and the logits behind them: nobody may ask for candidates for long.
+        self._unread: list[tuple[list[int], Tensor]] = []
+
+    @property
+    def candidates(self) -> Tensor | None:
+        if self._unread and self._table is not None:
+            # Of a token that occurs twice, the later stays.
+            tokens = [token for some, _ in self._unread for token in some]
+            place = {token: index for index, token in enumerate(tokens)}
+            logits_TV = torch.cat([logits for _, logits in self._unread])
+            best_T8 = logits_TV.topk(self._table.shape[1], -1).indices.cpu()
+            self._table[list(place)] = best_T8[list(place.values())]
+            self._unread.clear()
+        return self._table
+
+    def learn(self, tokens: list[int], logits_TV: Tensor) -> None:
+        """Logits behind some tokens, read when candidates are asked for, or many wait."""
+        self._unread.append((tokens, logits_TV))
+        if len(self._unread) >= _UNREAD:
+            _ = self.candidates
 
     def begin(self, inference: Inference, batch_size: int) -> DraftRun:
         size = inference.model.config.vocab_size
-        if self.candidates is None or len(self.candidates) != size:
-            self.candidates = torch.full((size, min(_CANDIDATES, size)), -1)
-        return _RecyclingRun(inference, batch_size, self.candidates)
+        if self._table is None or len(self._table) != size:
+            self._table = torch.full((size, min(_CANDIDATES, size)), -1)
+            self._unread.clear()
+        return _RecyclingRun(inference, batch_size, self)
 
 
 class _Layers:
@@ -247,20 +270,25 @@ class _WholeRun:
 
 
 class _ModelRun(_WholeRun):
-    def __init__(self, inference: Inference, batch_size: int, small: Inference) -> None:
+    def __init__(self, inference: Inference, batch_size: int, small: Decoder) -> None:
         super().__init__(inference, batch_size)
-        self._small = _Layers(small, batch_size)
+        self._model, self._batch_size = small, batch_size
+        self._small: _Layers | None = None  # until something is drafted
 
     def propose(self, rows_B: Rows) -> Tensor:
+        if self._small is None:
+            small = Inference(self._model, rows=self._batch_size)
+            self._small = _Layers(small, self._batch_size)
         logits = self._small.whole(rows_B, [min(len(row), 1) for row in rows_B])
         return logits.to(self._target.device)
 
     def rewind(self, counts: Sequence[int]) -> None:
         super().rewind(counts)
-        self._small.rewind(counts)
+        self.retract(counts)
 
     def retract(self, counts: Sequence[int]) -> None:
-        self._small.rewind(counts)
+        if self._small is not None:
+            self._small.rewind(counts)
 
 
 class _NgramRun(_WholeRun):
@@ -287,34 +315,38 @@ class _NgramRun(_WholeRun):
 
 
 class _RecyclingRun(_WholeRun):
-    def __init__(self, inference: Inference, batch_size: int, candidates: Tensor) -> None:
+    def __init__(self, inference: Inference, batch_size: int, draft: RecyclingDraft) -> None:
         super().__init__(inference, batch_size)
-        self._candidates = candidates
+        self._draft = draft
 
     def propose(self, rows_B: Rows) -> Tensor:
-        return self._certain([int(self._candidates[row[-1], 0]) for row in rows_B if row])
+        return self._certain([self._known(row[-1])[0] for row in rows_B if row])
 
     def candidates_of(self, token: int) -> list[int]:
         """What may follow a token, the likeliest first."""
-        return [found for found in self._candidates[token].tolist() if found >= 0]
+        return [found for found in self._known(token) if found >= 0]
 
     def verify(self, rows_B: Rows, wanted: Sequence[int]) -> Tensor:
         logits = super().verify(rows_B, wanted)
         pairs = zip(rows_B, wanted, strict=True)
-        self._learn([token for row, count in pairs for token in row[len(row) - count :]], logits)
+        self._draft.learn(
+            [token for row, count in pairs for token in row[len(row) - count :]], logits
+        )
         return logits
 
     def verify_trees(self, rows_B: Rows, trees_B: Sequence[Tree]) -> tuple[Tensor, list[int]]:
         logits, starts = super().verify_trees(rows_B, trees_B)
         pairs = zip(rows_B, trees_B, strict=True)
-        self._learn([t for row, tree in pairs if row for t in (row[-1], *tree.tokens)], logits)
+        self._draft.learn(
+            [t for row, tree in pairs if row for t in (row[-1], *tree.tokens)], logits
+        )
         return logits, starts
 
-    def _learn(self, tokens: list[int], logits_TV: Tensor) -> None:
-        # Of a token that occurs twice, the later stays.
-        place = {token: index for index, token in enumerate(tokens)}
-        best_T8 = logits_TV.topk(self._candidates.shape[1], -1).indices.cpu()
-        self._candidates[list(place)] = best_T8[list(place.values())]
+    def _known(self, token: int) -> list[int]:
+        table = self._draft.candidates
+        assert table is not None
+        found: list[int] = table[token].tolist()
+        return found
 
 
 class _ExitRun:
