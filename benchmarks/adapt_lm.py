@@ -2,10 +2,12 @@
 
 Of the run's held-out rows: the loss of the dense model as it came, of the adapted one before
 training (its predictors calibrated as the run's are), and at each evaluation of the run; the share
-of tokens computed in routed layers; what both write; tokens a second of sampling, one row with a
-cache, interleaved. Writes docs/results/adapt_lm.json and .png.
+of tokens computed in routed layers; what both write; tokens a second of CPU of sampling, one row
+with a cache, in turn, by transformers and (--ours) by our decoder with the same weights. Writes
+docs/results/adapt_lm.json and .png; a dense control (model.adapt empty) is a run like another.
 
     python benchmarks/adapt_lm.py runs/adapt_lm/adapted [--name adapt_lm] [--tokens 32] [--rounds 3]
+        [--ours DENSE ADAPTED]  (runs of launch.convert transformers)
 """
 
 from __future__ import annotations
@@ -13,19 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import interleave, medians
+from measure import machine
 from torch import nn
 
 from adaptive import RoutingTape
 from adaptive.blocks.calibration import calibrate
 from adaptive.flops import Work, executed_flops, nominal_flops, planned_flops
 from adaptive.hub.flops import count_rules
-from adaptive.models.decoder.generate import Sampling
+from adaptive.models.decoder.generate import Sampling, generate
 from launch.checkpoint.files import find_checkpoint, load_model
 from launch.data.tokenizer import Tokenizer
 from launch.generation.hub import continued
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--name", default="adapt_lm", help="of the files in docs/results")
     parser.add_argument("--tokens", type=int, default=32, help="sampled behind each prompt")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ours", type=Path, nargs=2, help="dense and adapted, as our decoder")
     options = parser.parse_args()
 
     trained, config = load_model(find_checkpoint(options.run, checksums=False))
@@ -58,7 +62,8 @@ def main() -> None:
     untrained.load_state_dict(weights, strict=False)
     rows = range(min(train.calibrate_rows, task.validation_rows))
     calibrating = [task.validation_batch(range(n, n + 1)) for n in rows]
-    calibrate(untrained, calibrating, forward=lambda b: task.validation_sums(untrained, b))
+    if model.adapt:
+        calibrate(untrained, calibrating, forward=lambda b: task.validation_sums(untrained, b))
 
     batch_work = Work.dense(train.batch_size, config.data.seq_len)
     planned = planned_flops(shapes, batch_work, backward=True)
@@ -66,6 +71,7 @@ def main() -> None:
     stages = [line for line in logged if "validation/loss" in line]
     tokenizer = Tokenizer(config.data.tokenizer, config.data.end_of_text)
     found: dict[str, Any] = {
+        **machine(),
         "model": model.pretrained and Path(model.pretrained).name,
         "adapt": model.adapt,
         "distill": model.distill and vars(model.distill),
@@ -82,7 +88,7 @@ def main() -> None:
             {
                 "step": line["step"],
                 "loss": line["validation/loss"],
-                "operations": line["step"] * planned,
+                "operations": line["progress/executed_flops"],
             }
             for line in stages
         ],
@@ -112,10 +118,21 @@ def main() -> None:
     cases: dict[str, Callable[[], Any]] = {
         name: lambda of=models[name]: sampled(of, PROMPTS[0]) for name in ("dense", "trained")
     }
-    seconds = interleave(cases, rounds=options.rounds, warmup=1)
-    found["tokens_per_second"] = {n: options.tokens / s for n, s in medians(seconds).items()}
-    pairs = zip(seconds["dense"], seconds["trained"], strict=True)
-    found["speed_of_trained"] = statistics.median(a / b for a, b in pairs)
+    ids = tokenizer.encode_prompt(PROMPTS[0].encode())
+    for name, folder in zip(("dense", "trained"), options.ours or (), strict=False):
+        ours, _ = load_model(find_checkpoint(folder, checksums=False))
+        cases[f"{name}, our decoder"] = lambda of=ours: generate(
+            of, [ids], max_new_tokens=options.tokens, sampling=Sampling(temperature=0)
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(options.rounds + 1):
+        for name, run in cases.items():
+            begun = time.process_time()
+            run()
+            seconds[name] += [time.process_time() - begun] if turn else []
+    middle = {name: statistics.median(taken) for name, taken in seconds.items()}
+    found["tokens_per_second_of_cpu"] = {n: options.tokens / s for n, s in middle.items()}
+    found["speed_over_dense"] = {n: middle["dense"] / s for n, s in middle.items()}
     (RESULTS / f"{options.name}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({k: v for k, v in found.items() if k != "training"}, indent=1))
     plot(found, RESULTS / f"{options.name}.png")
@@ -158,9 +175,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     steps, losses = zip(*stages, strict=True)
     left.plot(steps, losses, marker="o", label="adapted")
     left.axhline(found["dense"]["loss"], color="black", ls="--", label="dense, as it came")
-    share = found["operations_per_step"] / 1e12
-    above = left.secondary_xaxis("top", functions=(lambda s: s * share, lambda f: f / share))
-    above.set_xlabel("TFLOP of the adapted model, forward and backward")
+    per_step = found["stages"][-1]["operations"] / steps[-1] / 1e12
+    above = left.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda f: f / per_step))
+    above.set_xlabel("executed TFLOP of training")
     left.set(xlabel="steps", ylabel="held-out loss, nats a token")
     left.legend()
     if found["training"]:

@@ -29,7 +29,7 @@ if [ -z "$given" ]; then
   if [ -n "$short" ]; then
     first=(--config "$root/recipes/mod_lm.yaml" output="$output/first" model.mixture_of_depths=null
       model.dim=96 model.num_heads=4 model.num_layers=4 data.seq_len=128 train.steps=200)
-    options=(data.seq_len=128 data.validation_rows=64 train.batch_size=8)
+    options=(data.seq_len=128 data.validation_rows=64 train.batch_size=8 train.steps=60)
   else
     options=(model.adapt.mixture_of_depths.layers='[8,10,12,14,16,18,20,22,24,26]')
   fi

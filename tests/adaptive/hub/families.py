@@ -52,6 +52,22 @@ STRANGERS: dict[str, dict[str, Any]] = {
     "Falcon": {},
     "GPTNeoX": {},
     "Phi": {},
+    "Nemotron": {},
+    "SmolLM3": {},
+    "DeepseekV3": {
+        "num_key_value_heads": 2,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
 }
 """Of families that nothing in the library names."""
 
