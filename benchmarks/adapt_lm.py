@@ -121,8 +121,8 @@ def main() -> None:
     ids = tokenizer.encode_prompt(PROMPTS[0].encode())
     for name, folder in zip(("dense", "trained"), options.ours or (), strict=False):
         ours, _ = load_model(find_checkpoint(folder, checksums=False))
-        cases[f"{name}, our decoder"] = lambda of=ours: generate(
-            of, [ids], max_new_tokens=options.tokens, sampling=Sampling(temperature=0)
+        cases[f"{name}, our decoder"] = lambda of=ours: list(
+            generate(of, [ids], max_new_tokens=options.tokens, sampling=Sampling(temperature=0))
         )
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(options.rounds + 1):

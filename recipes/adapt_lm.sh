@@ -31,7 +31,9 @@ if [ -z "$given" ]; then
       model.dim=96 model.num_heads=4 model.num_layers=4 data.seq_len=128 train.steps=200)
     options=(data.seq_len=128 data.validation_rows=64 train.batch_size=8 train.steps=60)
   else
-    options=(model.adapt.mixture_of_depths.layers='[8,10,12,14,16,18,20,22,24,26]')
+    # Layers that SmolLM2 can do without (benchmarks/layers_left_out.py).
+    options=(model.adapt.mixture_of_depths.layers='[3,5,12,14,17,19]'
+      model.adapt.mixture_of_depths.keys=all model.adapt.mixture_of_depths.anneal_steps=50)
   fi
   if [ ! -e "$dense" ]; then
     if [ -n "$short" ]; then
