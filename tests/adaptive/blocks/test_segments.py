@@ -127,7 +127,9 @@ def test_no_logit_depends_on_a_later_token(boundaries: str) -> None:
     for changed in range(1, 30):
         other_BS = ids_BS.clone()
         other_BS[0, changed] = (other_BS[0, changed] + 23) % 64
-        assert torch.equal(model(other_BS)[0, :changed], logits[0, :changed]), changed
+        # Another number of segments may sum in another order: rounding, no leak.
+        before = (model(other_BS)[0, :changed], logits[0, :changed])
+        torch.testing.assert_close(*before, rtol=0, atol=1e-13, msg=str(changed))
         assert not torch.equal(model(other_BS)[0, changed], logits[0, changed])
 
 

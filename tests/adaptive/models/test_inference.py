@@ -141,7 +141,8 @@ def test_it_tells_what_modules_tell(name: str) -> None:
 )
 def test_every_kind_of_attention(options: dict[str, object]) -> None:
     torch.manual_seed(0)
-    model = Decoder(dataclasses.replace(DENSE, init_std=0.3, **options)).eval()  # type: ignore[arg-type]
+    model = Decoder(dataclasses.replace(DENSE, init_std=0.3, **options))  # type: ignore[arg-type]
+    model = model.double().eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, mean=1.0)
@@ -158,7 +159,7 @@ def test_in_float32_it_errs_as_the_modules_do_also_beyond_the_longest_sequence()
 
     A row times a matrix is summed term by term, a matrix's product in blocks: 2.3 times was seen.
     """
-    model, exact = build("mixture_of_depths"), build("mixture_of_depths").double()
+    model, exact = build("mixture_of_depths").float(), build("mixture_of_depths")
     model.config = dataclasses.replace(model.config, max_seq_len=16)
     together, errors = Batch(Inference(model)), []
     (text,) = rows(6)
