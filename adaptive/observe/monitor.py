@@ -176,6 +176,10 @@ class Monitor:
                 kept = patch_map(kept_BS, (rows, columns))
                 self._log.image(step, f"routing/{record.name}/kept", kept)
 
+    def say(self, alarm: Alarm) -> None:
+        """Write an alarm that another has raised, the same on every rank."""
+        self._log_alarms([alarm])
+
     def flush(self) -> None:
         """Let what was written so far outlive this process and machine (`MetricLog.flush`)."""
         if self._log is not None:

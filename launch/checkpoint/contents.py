@@ -7,6 +7,7 @@ later version, or written by a stranger (docs/security.md).
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from launch.run.trust import UntrustedCode
 from parallel.checkpoint import newest_intact, problem_with
 
 WEIGHTS, OPTIMIZER, TASK_STATE = "model.safetensors", "optimizer.safetensors", "task.safetensors"
+_LATER = ("left_out", "rollbacks", "loss_mean", "loss_variance")
 STATE, CONFIG, ENGINE = "state.json", "run.yaml", "engine"
 
 
@@ -58,7 +60,8 @@ def read_state(folder: Path) -> RunState:
     if not isinstance(content, dict):
         raise ValueError("must be a mapping")
     fields = dataclasses.fields(RunState)
-    # Every version has written all of them.
+    # Every version has written all but these.
+    content = {name: getattr(RunState, name) for name in _LATER} | content
     missing = [field.name for field in fields if field.name not in content]
     if missing:
         raise ValueError(f"{missing[0]}: is missing")
@@ -66,7 +69,8 @@ def read_state(folder: Path) -> RunState:
         value = content[field.name]
         whole = isinstance(value, int) and not isinstance(value, bool)
         fits = whole or (isinstance(value, float) and isinstance(field.default, float))
-        if not fits or not 0 <= value < float("inf"):
+        least = -float("inf") if field.name == "loss_mean" else 0.0
+        if not fits or value < least or not math.isfinite(value):
             raise ValueError(f"{field.name}={value!r}: must be a count")
     foreign = set(content) - {field.name for field in fields}
     if foreign:

@@ -24,6 +24,9 @@ class RunState:
         optimizer_steps: steps that the moments have seen (Adam's bias correction).
         ranks: world size that wrote the checkpoint.
         zero_stage: ZeRO stage that wrote it.
+        left_out: steps that were not taken, since their gradient was not finite.
+        rollbacks: times that the run went back to a checkpoint, since its loss had jumped.
+        loss_mean, loss_variance: of the task's loss over the last steps, the newest weighing most.
     """
 
     step: int = 0
@@ -36,6 +39,10 @@ class RunState:
     optimizer_steps: int = 0
     ranks: int = 1
     zero_stage: int = 0
+    left_out: int = 0
+    rollbacks: int = 0
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
 
 
 @dataclass

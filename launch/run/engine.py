@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from launch.checkpoint.state import WholeState
 from launch.run.compiled import compile_for
 from launch.run.errors import BadInput
 from launch.run.experts import count_every_expert_once, declare_experts, expert_groups
+from launch.run.finite import gradient_is_finite, without_step
 from launch.run.gradient_groups import gradient_norms
 from launch.run.log import without_monitors
 from launch.run.optimizer import audit_groups, parameter_groups
@@ -143,11 +145,26 @@ class Engine:
         with region("backward"):
             self._engine.backward(loss)
 
-    def step(self, learning_rate: float) -> None:
-        """To be called after every backward; takes an optimizer step after the last of a batch."""
+    def gradient_is_finite(self) -> bool:
+        """Asked between a batch's last backward and step: the same on every rank. Collective.
+
+        In fp16 it always is: DeepSpeed lowers the scale of a loss whose gradient overflows, and
+        leaves out the step.
+        """
+        if self._engine.fp16_enabled():
+            return True
+        return gradient_is_finite(self.named_parameters(), self._engine.optimizer, self.device)
+
+    def step(self, learning_rate: float, *, leave_out: bool = False) -> None:
+        """To be called after every backward; takes an optimizer step after the last of a batch.
+
+        Args:
+            learning_rate: of that step.
+            leave_out: drop the gradient instead: weights and moments stay.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
-        with region("step"):
+        with region("step"), without_step(self._engine.optimizer) if leave_out else nullcontext():
             self._engine.step()
         # Not after the first step: fp16 skips steps that overflow, and leaves no moments then.
         if not self._linked and self.keeps_moments:

@@ -7,7 +7,7 @@ each rank gives its squares as shares of the ranks that hold the same numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,14 +55,11 @@ def gradient_norms(
     if not groups:
         return {}
     device = next(iter(trained.values())).device
-    parted = _in_partition(optimizer)
     where, squares, copies = [], [], []
-    for name, parameter in trained.items():
-        own = _own_gradient(parameter) if parted is None else parted.get(id(parameter))
-        if own is not None:
-            where.append(groups.index(gradient_group(name)))
-            squares.append(_square(own).to(device))
-            copies.append(_copies(parameter, mesh))
+    for name, parameter, own in own_gradients(trained.items(), optimizer):
+        where.append(groups.index(gradient_group(name)))
+        squares.append(_square(own).to(device))
+        copies.append(_copies(parameter, mesh))
     sums = torch.zeros(len(groups), dtype=torch.float64, device=device)
     if squares:
         shares = torch.stack(squares) / torch.tensor(copies, device=device)
@@ -71,6 +68,18 @@ def gradient_norms(
         dist.all_reduce(sums)
     scale = float(getattr(optimizer, "loss_scale", 1.0))
     return dict(zip(groups, (sums.sqrt() / scale).tolist(), strict=True))
+
+
+def own_gradients(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Any
+) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Name, parameter and what this rank holds of its averaged gradient, where it holds any."""
+    parted = _in_partition(optimizer)
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            own = _own_gradient(parameter) if parted is None else parted.get(id(parameter))
+            if own is not None:
+                yield name, parameter, own
 
 
 def _square(own: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ from launch.run.ahead import Ahead
 from launch.run.config import load_saved
 from launch.run.engine import Engine
 from launch.run.errors import BadInput, Failed
+from launch.run.finite import Counters
+from launch.run.left_out import next_rows, with_loss
 from launch.run.marks import Marks
 from launch.run.optimizer import learning_rate_at
 from launch.run.ranks import StopRequest, is_first
@@ -67,6 +69,7 @@ class StepReport:
         records: of this rank's last micro-batch.
         waited: seconds in which this rank had no batch to compute.
         gradient_norms: before clipping, by part of the model, where they were asked for.
+        left_out: whether its gradient was not finite: nothing but the stream has moved on.
     """
 
     loss: float
@@ -77,6 +80,7 @@ class StepReport:
     records: list[RoutingRecord]
     waited: float = 0.0
     gradient_norms: dict[str, float] = field(default_factory=dict)
+    left_out: bool = False
 
 
 class Loop:
@@ -121,7 +125,9 @@ class Loop:
         self._unmoved = trained
 
     def step(self, *, gradient_norms: bool = False) -> StepReport:
-        """Take one optimizer step on the next rows of the stream.
+        """Take one optimizer step on the next rows of the stream that are not left out.
+
+        Where the gradient is not finite, on any rank, it leaves them out itself.
 
         Args:
             gradient_norms: also take those of the model's parts; the same on every rank.
@@ -129,7 +135,8 @@ class Loop:
         train, mesh, engine = self.config.train, self.engine.mesh, self.engine
         number = self.state.phase_step
         self._begin("batch")
-        rows = range(self.state.rows, self.state.rows + train.batch_size)
+        rows = next_rows(self.state.rows, train.batch_size, train.skip_rows)
+        counters = Counters(engine.model)
         tokens, targets = self.task.tokens(rows), self.task.targets(rows)
         start_step(engine.model, number)
         scope = BatchScope.of(mesh, tokens, micro_batches=engine.accumulation)
@@ -142,6 +149,7 @@ class Loop:
         engine.train()
         records: list[RoutingRecord] = []
         norms: dict[str, float] = {}
+        left_out, tapes = False, list[RoutingTape]()
         for part, (own, batch) in enumerate(parts, 1):
             self._seed(own)
             self._begin("forward")
@@ -150,12 +158,12 @@ class Loop:
             self._begin("backward")
             engine.backward(loss_sum * (engine.replicas / targets) + tape.loss())
             self._begin("optimizer step")
-            if gradient_norms and part == len(parts):
-                norms = engine.gradient_norms()
-            engine.step(learning_rate_at(number, train))
+            if part == len(parts):
+                norms = engine.gradient_norms() if gradient_norms else {}
+                left_out = not engine.gradient_is_finite()
+            engine.step(learning_rate_at(number, train), leave_out=left_out)
             with region("monitor"):
-                if self.monitor is not None:
-                    self.monitor.observe(tape)
+                tapes += [tape] if self.monitor is not None else []
                 records = tape.records
                 sums[0] += loss_sum.detach()
                 self._count_operations(sums, records, batch)
@@ -172,9 +180,18 @@ class Loop:
             records,
             self._ahead.waited,
             norms,
+            left_out,
         )
-        self._advance(report)
         self._done |= {"batch", "forward", "backward", "optimizer step"}
+        if left_out:
+            counters.restore()
+            left = self.state.left_out + 1
+            self.state = replace(self.state, rows=rows.stop, left_out=left)
+            return report
+        with region("monitor"):
+            for tape in tapes if self.monitor is not None else []:
+                self.monitor.observe(tape)
+        self._advance(report, rows)
         self.task.after_step(engine, self.state.step)
         return report
 
@@ -392,13 +409,13 @@ class Loop:
         sums[1] += executed
         sums[2] += nominal
 
-    def _advance(self, report: StepReport) -> None:
+    def _advance(self, report: StepReport, rows: range) -> None:
         state = self.state
-        self.state = replace(
+        state = replace(
             state,
             step=state.step + 1,
             phase_step=state.phase_step + 1,
-            rows=state.rows + self.config.train.batch_size,
+            rows=rows.stop,
             tokens=state.tokens + report.tokens,
             executed_flops=state.executed_flops + report.executed_flops,
             nominal_flops=state.nominal_flops + report.nominal_flops,
@@ -406,6 +423,7 @@ class Loop:
             ranks=dist.get_world_size(),
             zero_stage=self.engine.zero_stage,
         )
+        self.state = with_loss(state, report.loss)
 
 
 def _sum_over(sums: Tensor, mesh: Mesh) -> None:

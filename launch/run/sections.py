@@ -65,6 +65,14 @@ class TrainConfig:
             times as many where compilation or files may take long; 0: never.
         stop_seconds: seconds in which ranks that are asked to end (SIGTERM) save and end before
             they are killed.
+        skip_rows: a list of [first, stop]: rows of the data stream that are left out, not `stop`.
+            A step takes rows that follow one another, so those before a span that fill no step are
+            left out too.
+        skip_steps: steps in a row that are left out because their gradient is not finite; one more
+            ends the run.
+        spike: standard deviations by which a step's loss may be above the mean of the last hundred
+            or so; beyond, the run goes back to its newest checkpoint and leaves out the rows since;
+            0: any loss is trained on.
         compile: compile layers by torch.compile (docs/profiling.md); needs a C++ compiler on a CPU,
             triton on a GPU.
         growth: a list of {step, tokens, ffn_tokens}: parameter tokens of a TokenFormer from that
@@ -91,6 +99,9 @@ class TrainConfig:
     move_within: int = 1
     hang_seconds: float = 300.0
     stop_seconds: float = 30.0
+    skip_rows: list[list[int]] = field(default_factory=list)
+    skip_steps: int = 3
+    spike: float = 0.0
     compile: bool = False
     growth: list[GrowthConfig] = field(default_factory=list)
 
@@ -98,7 +109,11 @@ class TrainConfig:
         _within(self, 1, LARGEST_WHOLE, "steps", "log_every")
         _within(self, 1, LARGEST_BATCH, "batch_size", "micro_batch_size")
         _within(self, 0, LARGEST_WHOLE, "warmup_steps", "evaluate_every", "move_within", "seed")
-        _within(self, 0, LARGEST_WHOLE, "calibrate_rows")
+        _within(self, 0, LARGEST_WHOLE, "calibrate_rows", "skip_steps")
+        _within(self, 0, 1e6, "spike")
+        for span in self.skip_rows:
+            if len(span) != 2 or not 0 <= span[0] < span[1] <= LARGEST_WHOLE:
+                raise ValueError(f"skip_rows={span}: must be [first, stop] with 0 <= first < stop")
         # Adam divides the rate by 1 - beta1 at first, and multiplies it by the decay.
         _within(self, 0, 1e6, "learning_rate", "weight_decay")
         _within(self, 0, _LARGEST, "gradient_clip", "eps")

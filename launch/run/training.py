@@ -169,6 +169,7 @@ def _run_phase(
     else:
         loop.begin()
     asked = said_uncounted = False
+    in_a_row = 0
     begun = loop.state.phase_step
     compiled = 0
     checkpoint: Path | None = None
@@ -177,6 +178,23 @@ def _run_phase(
         first, due = loop.state.phase_step == begun, monitor.due(loop.state.step + 1)
         with announced("taking the first step", speak=None if first else False):
             report = loop.step(gradient_norms=due)
+        if report.left_out:
+            in_a_row += 1
+            last = loop.state.rows - 1
+            rows = f"rows {loop.state.rows - train.batch_size} to {last} are left out"
+            said = f"{rows}: their gradient is not finite ({loop.state.left_out} steps so far)"
+            # A request to stop is heeded behind the next step: this one has nothing to save.
+            alarm = Alarm(loop.state.step + 1, "", "left_out", said)
+            monitor.say(alarm)
+            alarms_end = in_a_row > train.skip_steps
+            _handle_alarms([alarm], config, progress, loss=report.loss if alarms_end else 0.0)
+            if alarms_end:
+                raise Failed(
+                    f"the gradient is not finite, more than train.skip_steps={train.skip_steps} "
+                    "times in a row: training stopped"
+                )
+            continue
+        in_a_row = 0
         loop.check_moved()
         number, step, asked = loop.state.phase_step, loop.state.step, report.stop
         learning_rate = learning_rate_at(number - 1, train)
@@ -192,6 +210,8 @@ def _run_phase(
         scalars = {"loss/train": report.loss, "learning_rate": learning_rate}
         scalars["data/waiting"] = report.waited / seconds
         if due:
+            scalars |= {"progress/left_out": float(loop.state.left_out)}
+            scalars |= {"progress/rollbacks": float(loop.state.rollbacks)}
             if norm is not None:
                 scalars["gradient_norm"] = norm
             scalars |= memory_in_use(device)

@@ -6,7 +6,9 @@ import os
 import signal
 import time
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from launch.tasks import Batch
 from launch.tasks.language_model import LanguageModelTask
@@ -16,7 +18,9 @@ class FailingTask(LanguageModelTask):
     """Acts while the environment says FAILS or HOLDS, each `RANK:ROW`.
 
     FAILS: that rank cannot make the batch of the row. HOLDS: it waits there until the run is asked
-    to end, so that what a test does happens at that step, however fast the machine is.
+    to end, so that what a test does happens at that step, however fast the machine is. POISONS,
+    `ROW`: the gradient of that row is infinite, where the rank is that has it, its loss is not.
+    SPIKES, `FIRST:STOP`: the loss of these rows is ten times as large.
     """
 
     def batch(self, rows: range) -> Batch:
@@ -28,4 +32,19 @@ class FailingTask(LanguageModelTask):
                 raise ValueError(f"row {row} has no text")
             while not signal.getsignal(signal.SIGTERM).__self__.asked:  # type: ignore[union-attr]
                 time.sleep(0.02)
-        return super().batch(rows)
+        batch = dict(super().batch(rows))
+        first, _, stop = os.environ.get("SPIKES", "0:0").partition(":")
+        marks = torch.zeros(len(rows), 2)
+        for place, row in enumerate(rows):
+            marks[place, 0] = str(row) == os.environ.get("POISONS")
+            marks[place, 1] = int(first) <= row < int(stop)
+        return {**batch, "marks": marks}
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = super().loss_sum(model, batch)
+        if "marks" in batch:
+            if batch["marks"][:, 0].any():
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+            if batch["marks"][:, 1].any():
+                loss = loss * 10
+        return loss
