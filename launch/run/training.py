@@ -18,6 +18,7 @@ from adaptive.compiling import graphs
 from adaptive.observe.alarms import Alarm
 from adaptive.observe.metric_log import MetricLog
 from adaptive.observe.monitor import Monitor
+from launch.checkpoint.contents import newest_checkpoint
 from launch.checkpoint.files import find_checkpoint, read_state
 from launch.checkpoint.state import RunState
 from launch.run.config import save_resolved
@@ -25,6 +26,7 @@ from launch.run.engine import Engine
 from launch.run.errors import BadInput, Failed
 from launch.run.failures import clear as clear_errors
 from launch.run.folder import how_to_continue, only_run_in, where_to_start
+from launch.run.left_out import TRIES, Spike, jump
 from launch.run.log import open_log
 from launch.run.loop import Loop
 from launch.run.marks import FINISHED, STOPPED, Marks
@@ -76,29 +78,15 @@ def _run_phases(config: RunConfig, source: Path | None, device: torch.device, ma
     if source is not None:
         check_continues(config, source)
         state = read_state(source)
-    # What a killed run wrote after its last checkpoint is written again.
-    first_step = 0 if source is None else state.step + 1
-    phases = config.phase_configs()
-    stopped = False
-    with announced("opening the log"):
-        opened = open_log(config, first_step=first_step, command=sys.argv)
-    with opened as log:
-        while not stopped:
-            if state.phase_step >= phases[state.phase].train.steps:
-                if state.phase + 1 == len(phases):
-                    break
-                state = replace(state, phase=state.phase + 1, phase_step=0)
-            source, state, stopped = _run_phase(
-                config,
-                phases[state.phase],
-                state,
-                source=source,
-                mesh=mesh,
-                device=device,
-                stop=stop,
-                log=log,
-                marks=marks,
+    origin, said = source, list[Alarm]()
+    while True:
+        try:
+            source, state, stopped = _run_to_end(
+                config, state, source, said, mesh=mesh, device=device, stop=stop, marks=marks
             )
+            break
+        except Spike as spike:
+            source, state, said = _go_back(config, spike, origin=origin, said=said)
     if is_first():
         assert source is not None
         if stopped:
@@ -115,6 +103,82 @@ def _run_phases(config: RunConfig, source: Path | None, device: torch.device, ma
             flush=True,
         )
     return stopped
+
+
+def _run_to_end(
+    config: RunConfig,
+    state: RunState,
+    source: Path | None,
+    said: Sequence[Alarm],
+    *,
+    mesh: Mesh,
+    device: torch.device,
+    stop: StopRequest,
+    marks: Marks,
+) -> tuple[Path | None, RunState, bool]:
+    """Train what is left of all phases; the checkpoint, where it is and whether it was stopped.
+
+    Args:
+        said: alarms that the log must have behind the step of `state`.
+
+    Raises:
+        Spike: the loss jumped.
+    """
+    # What a run wrote after its last checkpoint, before it was killed or went back, goes.
+    first_step = 0 if source is None else state.step + 1
+    phases = config.phase_configs()
+    stopped = False
+    with announced("opening the log"):
+        opened = open_log(config, first_step=first_step, command=sys.argv)
+    with opened as log:
+        for alarm in said if log is not None else ():
+            log.alarm(alarm.step, layer=alarm.layer, kind=alarm.kind, message=alarm.message)
+        while not stopped:
+            if state.phase_step >= phases[state.phase].train.steps:
+                if state.phase + 1 == len(phases):
+                    break
+                state = replace(state, phase=state.phase + 1, phase_step=0)
+            source, state, stopped = _run_phase(
+                config,
+                phases[state.phase],
+                state,
+                source=source,
+                mesh=mesh,
+                device=device,
+                stop=stop,
+                log=log,
+                marks=marks,
+            )
+    return source, state, stopped
+
+
+def _go_back(
+    config: RunConfig, spike: Spike, *, origin: Path | None, said: Sequence[Alarm]
+) -> tuple[Path | None, RunState, list[Alarm]]:
+    """Where a run goes on whose loss has jumped: checkpoint, state, and what its log must say.
+
+    Args:
+        origin: what it goes back to before it has a checkpoint of its own; None: its beginning.
+        said: what it had to say when it last went back.
+
+    Raises:
+        Failed: it has gone back there too often.
+    """
+    root = Path(config.output) / "checkpoints"
+    found = _found_by_first_rank(lambda: newest_checkpoint(root), output=config.output)
+    source = found or origin
+    back = RunState() if source is None else read_state(source)
+    state, alarm = spike.behind(back)
+    earlier = [one for one in said if one.step == alarm.step]
+    if is_first():
+        print(alarm, flush=True)
+    if len(earlier) >= TRIES:
+        raise Failed(
+            f"{spike.said}, for the {TRIES + 1}th time behind step {back.step}: training stopped"
+        )
+    if config.monitor.on_alarm == "stop":
+        raise Failed("an alarm was raised and monitor.on_alarm=stop")
+    return source, state, [*earlier, alarm]
 
 
 def _run_phase(
@@ -174,7 +238,7 @@ def _run_phase(
     compiled = 0
     checkpoint: Path | None = None
     while loop.state.phase_step < train.steps and not asked:
-        since = time.perf_counter()
+        since, before = time.perf_counter(), loop.state
         first, due = loop.state.phase_step == begun, monitor.due(loop.state.step + 1)
         with announced("taking the first step", speak=None if first else False):
             report = loop.step(gradient_norms=due)
@@ -195,6 +259,10 @@ def _run_phase(
                 )
             continue
         in_a_row = 0
+        said = jump(before, report.loss, train.spike)
+        if said is not None:
+            loop.close()
+            raise Spike(loop.state, said)
         loop.check_moved()
         number, step, asked = loop.state.phase_step, loop.state.step, report.stop
         learning_rate = learning_rate_at(number - 1, train)

@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from adaptive.observe.metric_log import read_metrics
+from launch.checkpoint.files import find_checkpoint, read_state
 from launch.checkpoint.state import RunState
 from launch.run.config import from_mapping
+from launch.run.errors import Failed
 from launch.run.finite import Counters
 from launch.run.left_out import jump, next_rows, with_loss
+from launch.run.training import run
 from launch.run.trust import trust
 from tests.distributed.runs import make_loop, tiny_config, write_text
 from tests.ranks import run_ranks
@@ -80,6 +84,54 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(tmp_path: Path) -> None:
                 assert all(torch.equal(mine[name], wanted[name]) for name in wanted), stage
             assert (one[3].left_out, other[3].left_out) == (1, 0)
             assert {**vars(one[3]), "left_out": 0} == vars(other[3])
+
+
+def run_tree(tree: dict[str, Any], environment: dict[str, str]) -> str | None:
+    trust([TASK])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            run(from_mapping(tree))
+        except Failed as error:
+            return str(error)
+    return None
+
+
+def test_a_loss_that_jumps_takes_the_run_back_and_on_behind_it(tmp_path: Path) -> None:
+    """Twice behind one checkpoint: the log is that of a run which was told, and says why."""
+    write_text(tmp_path)
+    tree = tiny_config(
+        tmp_path,
+        task=TASK,
+        train={"steps": 30, "log_every": 1, "spike": 8.0},
+        checkpoint={"every": 24, "keep": 5},
+        monitor={"every": 1},
+        model={"num_layers": 1, "mixture_of_depths": None},
+    )
+    # Steps 25 to 27 are behind the checkpoint of step 24; 26 jumps, and the first behind it again.
+    environment = {"SPIKES": "200:216"}
+    assert run_ranks(run_tree, 2, tree, environment, timeout=120) == [None, None]
+    told = {**tree, "output": str(tmp_path / "told")}
+    told["train"] = {**tree["train"], "skip_rows": [[192, 216]]}
+    assert run_ranks(run_tree, 2, told, {}, timeout=120) == [None, None]
+    ours, theirs = (read_metrics(Path(one["output"]) / "metrics.jsonl") for one in (tree, told))
+    curves = [{x["step"]: x["loss/train"] for x in y if "loss/train" in x} for y in (ours, theirs)]
+    assert curves[0] == curves[1]
+    assert list(curves[0]) == list(range(1, 31))
+    said = [line["message"] for line in ours if line.get("alarm") == "rolled_back"]
+    assert [line["step"] for line in ours if line.get("alarm") == "rolled_back"] == [25, 25]
+    assert said[0].endswith("; back to step 24, rows 192 to 207 are left out"), said
+    assert said[1].endswith("; back to step 24, rows 192 to 215 are left out"), said
+    states = [read_state(find_checkpoint(one["output"])) for one in (tree, told)]
+    assert {**vars(states[0]), "rollbacks": 0} == vars(states[1])
+    assert states[0].rollbacks == 2
+    # Every row from there on: it gives up, in one line.
+    endless = {**tree, "output": str(tmp_path / "endless")}
+    (failed, also) = run_ranks(run_tree, 2, endless, {"SPIKES": "200:9999"}, timeout=120)
+    assert failed == also
+    assert failed is not None
+    assert failed.endswith("for the 4th time behind step 24: training stopped")
 
 
 def test_what_a_model_counts_is_taken_back() -> None:
