@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -259,3 +260,32 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
             replace(TINY, delete_gate=DeleteGateConfig(**options))
     with pytest.raises(ValueError, match="give one of them"):
         replace(TINY, delete_gate=DeleteGateConfig(), segments=SegmentsConfig())
+
+
+def test_a_run_that_goes_on_from_its_state_is_the_run() -> None:
+    """The controller's sums, and what the step before deleted, are in the state."""
+    ids_BS = tokens(2, 24)
+
+    def model_and_optimizer() -> tuple[Decoder, torch.optim.Optimizer]:
+        model = make(target=0.8, hard_share=0.5, dtype=torch.float32)
+        return model, torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    def steps(model: Decoder, optimizer: torch.optim.Optimizer, which: range) -> None:
+        for step in which:
+            start_step(model, step)
+            with RoutingTape(model) as tape:
+                loss = model.token_losses(ids_BS, ids_BS.roll(-1, 1)).mean()
+            optimizer.zero_grad()
+            (loss + tape.loss()).backward()
+            optimizer.step()
+
+    whole, other = model_and_optimizer(), model_and_optimizer()
+    steps(*whole, range(3))
+    saved = [copy.deepcopy(part.state_dict()) for part in whole]
+    steps(*whole, range(3, 6))
+    for part, state in zip(other, saved, strict=True):
+        part.load_state_dict(state)
+    steps(*other, range(3, 6))
+    assert float(whole[0].stack.price) > 0
+    for name, tensor in whole[0].state_dict().items():
+        assert torch.equal(tensor, other[0].state_dict()[name]), name
