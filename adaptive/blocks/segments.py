@@ -6,7 +6,7 @@ Shape legend: B sequences, T tokens, G closed segments, P places of the middle, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple, get_args
@@ -24,6 +24,7 @@ from adaptive.routing.boundaries import (
     BoundaryLoss,
     boundary_loss,
     ends_before,
+    lead_bytes,
     segments_of,
     stride_ends,
     word_ends,
@@ -42,6 +43,29 @@ Layers = Callable[[Tensor, TokenLayout, int, int], Tensor]
 """(hidden, layout, first, last) -> hidden after the layers from `first` up to but not `last`."""
 
 
+@dataclass(frozen=True)
+class Script:
+    """Bytes that segments are made of in their own way, where texts are UTF-8.
+
+    Attributes:
+        first, last: a character is of the script if its first byte is one of these (0xD0 to 0xD3:
+            Cyrillic; 0xE0: the scripts of India).
+        prior: share of its bytes that should end a segment.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    first: int
+    last: int
+    prior: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.last <= 255:
+            raise ValueError(f"first={self.first}, last={self.last}: must be 0 to 255, in order")
+        if not 0 < self.prior < 1:
+            raise ValueError(f"prior={self.prior}: must be above 0 and below 1")
+
+
 class SegmentState(NamedTuple):
     """What of a text is kept between calls: nothing of a closed segment but what it became.
 
@@ -50,12 +74,14 @@ class SegmentState(NamedTuple):
         total: [B, D], sum over the tokens of the open segment.
         length: [B], how many they are.
         rows: int64 [B], rows that the middle has computed.
+        lead: int64 [B], the byte that began the character of the last token (scripts).
     """
 
     read: Tensor
     total: Tensor
     length: Tensor
     rows: Tensor
+    lead: Tensor | None = None
 
 
 class Segments(ExactBuffers, RoutedBlock):
@@ -77,6 +103,8 @@ class Segments(ExactBuffers, RoutedBlock):
         boundaries: "learned": a gate on what the first layers give; "stride": every so many tokens;
             "words": at white space, of UTF-8 bytes.
         prior: share of the tokens that should end a segment (learned), or is expected to (words).
+        scripts: with a score of the gate and a prior of their own, of "learned"; other bytes have
+            `prior`. Of several that hold a byte, the first.
         stride: tokens of a segment.
         schedule: temperature and noise of the relaxed Bernoulli draw over training steps; at noise
             0 training ends segments where evaluation does.
@@ -94,8 +122,10 @@ class Segments(ExactBuffers, RoutedBlock):
     """
 
     kind = "segments"
-    exact_buffers = ("threshold",)  # it lies between two logits, which are float32
+    exact_buffers = ("threshold", "priors")  # of logits, which are float32
     threshold: Tensor
+    script_of: Tensor
+    priors: Tensor
 
     def __init__(
         self,
@@ -106,6 +136,7 @@ class Segments(ExactBuffers, RoutedBlock):
         num_layers: int,
         boundaries: Boundaries = "learned",
         prior: float = 0.2,
+        scripts: tuple[Script, ...] | list[Script] = (),
         stride: int = 5,
         schedule: GumbelSchedule | None = None,
         loss: BoundaryLoss = "binomial",
@@ -132,7 +163,15 @@ class Segments(ExactBuffers, RoutedBlock):
         self.null = nn.Parameter(torch.empty(1, dim))
         nn.init.normal_(self.null, std=std)
         self.norm_weight = nn.Parameter(torch.ones(dim))
-        self.gate = BoundaryGate(dim, prior=prior, std=std) if boundaries == "learned" else None
+        priors = [prior, *(script.prior for script in scripts)]
+        self.gate = BoundaryGate(dim, priors=priors, std=std) if boundaries == "learned" else None
+        # Of each first byte its script, 0 where it has none; they follow the model's device.
+        script_of = torch.zeros(256, dtype=torch.int64)
+        for number, script in reversed(list(enumerate(scripts, 1))):
+            script_of[script.first : script.last + 1] = number
+        self.scripts = len(scripts)
+        self.register_buffer("script_of", script_of, persistent=False)
+        self.register_buffer("priors", torch.tensor(priors), persistent=False)
         self.register_buffer("threshold", torch.zeros(()))
 
     def forward(
@@ -156,7 +195,11 @@ class Segments(ExactBuffers, RoutedBlock):
             keep: return the state behind them.
         """
         hidden_TD = layers(hidden_TD, layout, 0, self.first)
-        soft_T, logits_T = self._ends(hidden_TD, ids_T, layout)
+        lead_T = script_T = None
+        if self.scripts:
+            lead_T = lead_bytes(ids_T, layout, None if state is None else state.lead)
+            script_T = self.script_of[lead_T.clamp(max=255)]  # ids beyond bytes: no script
+        soft_T, logits_T = self._ends(hidden_TD, ids_T, layout, script_T)
         ends_T = soft_T.detach() > 0
         grouping = segments_of(ends_T, layout, soft_T if soft_T.requires_grad else None)
         pooled_GD = merge(hidden_TD, None, grouping)
@@ -172,11 +215,14 @@ class Segments(ExactBuffers, RoutedBlock):
         if state is not None:
             table_PD = torch.cat([state.read, table_PD]).index_select(0, rows.order)
         out_TD = hidden_TD + unmerge(table_PD, rows.reading)
-        self._record(layout, rows, grouping, soft_T, logits_T, ends_T)
+        self._record(layout, rows, grouping, soft_T, logits_T, ends_T, script_T)
         out_TD = layers(out_TD, layout, self.last, self.num_layers)
         if not keep:
             return out_TD, None
-        return out_TD, _state(hidden_TD, table_PD, grouping, rows, layout, state)
+        after = _state(hidden_TD, table_PD, grouping, rows, layout, state)
+        if lead_T is not None:
+            after = after._replace(lead=_last_leads(lead_T, layout, state))
+        return out_TD, after
 
     def start_step(self, step: int) -> None:
         """Set temperature and noise of a training step. The training loop calls it."""
@@ -207,7 +253,7 @@ class Segments(ExactBuffers, RoutedBlock):
         count.routing(self.gate, work)
 
     def _ends(
-        self, hidden_TD: Tensor, ids_T: Tensor, layout: TokenLayout
+        self, hidden_TD: Tensor, ids_T: Tensor, layout: TokenLayout, script_T: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """float [T], 1 where a segment ends, with the gate's gradient; and the gate's logits."""
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
@@ -216,7 +262,7 @@ class Segments(ExactBuffers, RoutedBlock):
         if self.boundaries == "words":
             return word_ends(ids_T).to(wide), None
         assert self.gate is not None
-        logits_T = self.gate(hidden_TD)
+        logits_T = self.gate(hidden_TD, script_T)
         noisy_T = logits_T
         if not self.training:
             noisy_T = logits_T - self.threshold
@@ -244,6 +290,7 @@ class Segments(ExactBuffers, RoutedBlock):
         soft_T: Tensor,
         logits_T: Tensor | None,
         ends_T: Tensor,
+        script_T: Tensor | None,
     ) -> None:
         tape = current_tape()
         if tape is None:
@@ -262,7 +309,12 @@ class Segments(ExactBuffers, RoutedBlock):
         losses = {}
         if logits_T is not None:
             total = boundary_loss(
-                soft_T, layout, prior=self.prior, kind=self.loss, slack=self.slack
+                soft_T,
+                layout,
+                prior=self.priors if self.scripts else self.prior,
+                kind=self.loss,
+                slack=self.slack,
+                script_T=script_T,
             )
             share = tape.scope.share_of(total, layout.tokens)
             losses["boundaries"] = AuxiliaryLoss(share, self.coefficient)
@@ -277,24 +329,29 @@ class Segments(ExactBuffers, RoutedBlock):
 class BoundaryGate(nn.Module):
     """The logit of a token's ending a segment, float32 (float64 stays): hidden [T, D] -> [T].
 
-    A perceptron of width D on the normed token; at first it says `prior` of every token.
+    A perceptron of width D on the normed token; at first it says its prior of every token. Each of
+    K scripts has an output of its own.
     """
 
-    def __init__(self, dim: int, *, prior: float, std: float) -> None:
+    def __init__(self, dim: int, *, priors: Sequence[float], std: float) -> None:
         super().__init__()
         self.dim = dim
-        self.hidden, self.score = WideLinear(dim, dim), WideLinear(dim, 1)
+        self.hidden, self.score = WideLinear(dim, dim), WideLinear(dim, len(priors))
         for part in (self.hidden, self.score):
             nn.init.normal_(part.weight, std=std)
             nn.init.zeros_(part.bias)
-        nn.init.constant_(self.score.bias, math.log(prior / (1 - prior)))
+        with torch.no_grad():
+            for number, prior in enumerate(priors):
+                self.score.bias[number].fill_(math.log(prior / (1 - prior)))
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
+    def forward(self, hidden_TD: Tensor, script_T: Tensor | None = None) -> Tensor:
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         with without_autocast(hidden_TD.device.type):
             normed_TD = F.layer_norm(hidden_TD.to(wide), (self.dim,))
-            logits_T1: Tensor = self.score(F.gelu(self.hidden(normed_TD)))
-        return logits_T1.squeeze(-1)
+            logits_TK: Tensor = self.score(F.gelu(self.hidden(normed_TD)))
+        if script_T is None:
+            return logits_TK.squeeze(-1)
+        return logits_TK.gather(1, script_T[:, None]).squeeze(1)
 
     def count_flops(self, count: FlopCounter, work: Work) -> None:
         count(self.hidden, work)
@@ -380,13 +437,20 @@ def _state(
     return SegmentState(table_PD[ends_B], total, count, rows.held)
 
 
+def _last_leads(lead_T: Tensor, layout: TokenLayout, before: SegmentState | None) -> Tensor:
+    """int64 [B]: of each sequence's last token; of one without tokens what it was."""
+    last_B = (layout.cu_seqlens[1:].long() - 1).clamp(min=0)
+    old_B = torch.zeros_like(last_B) if before is None or before.lead is None else before.lead
+    return torch.where(layout.cu_seqlens.diff() > 0, lead_T[last_B], old_B)
+
+
 @dataclass(frozen=True)
 class SegmentsConfig(Method):
     """Middle layers compute segments of the text (dynamic pooling, FLEXITOKENS, words).
 
     Attributes:
         before, after: layers that compute every token, ahead of the middle and behind it.
-        boundaries, prior, stride, schedule, loss, slack, coefficient: see `Segments`.
+        boundaries, prior, scripts, stride, schedule, loss, slack, coefficient: see `Segments`.
     """
 
     name: ClassVar[str] = "segments"
@@ -399,6 +463,7 @@ class SegmentsConfig(Method):
     after: int = 1
     boundaries: Boundaries = "learned"
     prior: float = 0.2
+    scripts: list[Script] = field(default_factory=list)
     stride: int = 5
     schedule: GumbelSchedule = field(default_factory=partial(GumbelSchedule, 0.5))
     loss: BoundaryLoss = "binomial"
@@ -416,6 +481,11 @@ class SegmentsConfig(Method):
                 )
         if not 0 < self.prior < 1:
             raise ValueError(f"prior={self.prior}: must be above 0 and below 1")
+        if self.scripts and self.boundaries != "learned":
+            raise ValueError(f"scripts: must be empty with boundaries={self.boundaries}")
+        for script in self.scripts:
+            if self.slack > script.prior:
+                raise ValueError(f"slack={self.slack}: must be at most a script's {script.prior}")
         if self.stride < 1:
             raise ValueError(f"stride={self.stride}: must be at least 1")
         if not 0 <= self.slack <= self.prior:

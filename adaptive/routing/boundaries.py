@@ -5,7 +5,6 @@ Shape legend: B sequences, T tokens.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -29,6 +28,24 @@ def word_ends(ids_T: Tensor) -> Tensor:
     """
     tab, carriage_return, space = 9, 13, 32
     return (ids_T == space) | ((ids_T >= tab) & (ids_T <= carriage_return))
+
+
+def lead_bytes(ids_T: Tensor, layout: TokenLayout, before_B: Tensor | None = None) -> Tensor:
+    """int64 [T]: the byte that began the UTF-8 character of each byte: itself or an earlier one.
+
+    Args:
+        ids_T: int64 [T], bytes.
+        layout: of the tokens.
+        before_B: int64 [B], of the byte before each sequence's first; None: 0, as of a text whose
+            first byte begins no character.
+    """
+    place_T = torch.arange(layout.tokens, device=ids_T.device)
+    begins_T = (ids_T & 0xC0) != 0x80
+    last_T = torch.where(begins_T, place_T, -1).cummax(0).values
+    inside_T = last_T >= layout.cu_seqlens[:-1].long()[layout.sequence_ids]
+    if before_B is None:
+        before_B = ids_T.new_zeros(layout.batch_size)
+    return torch.where(inside_T, ids_T[last_T.clamp(min=0)], before_B[layout.sequence_ids])
 
 
 def segments_of(ends_T: Tensor, layout: TokenLayout, ends_soft_T: Tensor | None = None) -> Grouping:
@@ -77,9 +94,10 @@ def boundary_loss(
     ends_T: Tensor,
     layout: TokenLayout,
     *,
-    prior: float,
+    prior: float | Tensor,
     kind: BoundaryLoss = "binomial",
     slack: float = 0.0,
+    script_T: Tensor | None = None,
 ) -> Tensor:
     """Sum over sequences of what a wrong number of segment ends costs, nats, differentiable.
 
@@ -95,16 +113,23 @@ def boundary_loss(
     Args:
         ends_T: float [T], 0 or 1.
         layout: of the tokens.
-        prior: share of tokens that should end a segment, in (0, 1).
+        prior: share of tokens that should end a segment, in (0, 1); float [K]: of every script.
         kind: which loss.
         slack: λσ of the second.
+        script_T: int64 [T], 0 … K-1: k and n are then of each script of a sequence, and their
+            losses add up.
 
-    Sources: dynamic pooling, arXiv 2211.09761, section 3.2; FLEXITOKENS, arXiv 2507.12720,
-    section 3.
+    Sources: MAGNET, arXiv 2407.08818, section 3 (a prior a script); dynamic pooling,
+    arXiv 2211.09761, section 3.2; FLEXITOKENS, arXiv 2507.12720, section 3.
     """
-    n_B = layout.cu_seqlens.diff().to(ends_T.dtype)
-    k_B = ends_T.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, ends_T)
+    prior_K = ends_T.new_full((1,), prior) if isinstance(prior, float) else prior.to(ends_T.dtype)
+    scripts, own_T = len(prior_K), layout.sequence_ids
+    if script_T is not None:
+        own_T = own_T * scripts + script_T
+    prior_B = prior_K.repeat(layout.batch_size)
+    n_B = torch.zeros_like(prior_B).index_add(0, own_T, torch.ones_like(ends_T))
+    k_B = torch.zeros_like(prior_B).index_add(0, own_T, ends_T)
     if kind == "binomial":
         choose_B = torch.lgamma(n_B + 1) - torch.lgamma(k_B + 1) - torch.lgamma(n_B - k_B + 1)
-        return -(choose_B + k_B * math.log(prior) + (n_B - k_B) * math.log1p(-prior)).sum()
-    return ((k_B - prior * n_B).relu() + ((prior - slack) * n_B - k_B).relu()).sum()
+        return -(choose_B + k_B * prior_B.log() + (n_B - k_B) * (-prior_B).log1p()).sum()
+    return ((k_B - prior_B * n_B).relu() + ((prior_B - slack) * n_B - k_B).relu()).sum()

@@ -12,11 +12,11 @@ from torch import Tensor
 from adaptive import RoutingTape, TokenLayout
 from adaptive.blocks.calibration import calibrate
 from adaptive.blocks.mixture_of_depths import MixtureOfDepthsConfig
-from adaptive.blocks.segments import SegmentsConfig
+from adaptive.blocks.segments import Script, SegmentsConfig
 from adaptive.models import Decoder, DecoderConfig
 from adaptive.models.decoder.cache import Cache
 from adaptive.models.decoder.generate import Sampling, generate
-from adaptive.routing.boundaries import boundary_loss, stride_ends, word_ends
+from adaptive.routing.boundaries import boundary_loss, lead_bytes, stride_ends, word_ends
 
 TINY = DecoderConfig(
     vocab_size=64, dim=32, num_layers=4, num_heads=4, ffn_dim=48, max_seq_len=64, init_std=0.2
@@ -276,9 +276,74 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         ({"before": 2, "after": 2}, "leave none of 4 layers"),
         ({"prior": 1.0}, "prior=1.0: must be above 0 and below 1"),
         ({"slack": 0.5}, "slack=0.5: must be between 0 and prior=0.2"),
+        ({"boundaries": "words", "scripts": [Script(0, 9, 0.3)]}, "scripts: must be empty"),
+        ({"slack": 0.15, "scripts": [Script(0, 9, 0.1)]}, "must be at most a script's 0.1"),
         ({"boundaries": "syllables"}, "must be one of learned, stride, words"),
     ):
         with pytest.raises(ValueError, match=said):
             replace(TINY, segments=SegmentsConfig(**options))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give one of them"):
         replace(TINY, segments=SegmentsConfig(), mixture_of_depths=MixtureOfDepthsConfig())
+
+
+SCRIPTS = [Script(0xD0, 0xD3, 0.1), Script(0xE0, 0xE9, 0.05)]
+MIXED = "two слова и नमस्ते, mixed".encode()
+
+
+def in_scripts() -> Decoder:
+    torch.manual_seed(0)
+    config = SegmentsConfig(prior=0.3, scripts=SCRIPTS)
+    model = Decoder(replace(TINY, vocab_size=256, segments=config)).double()
+    torch.nn.init.normal_(model.stack.gate.score.weight, std=1.0)
+    torch.nn.init.zeros_(model.stack.gate.score.bias)  # or hardly a segment ends
+    return model
+
+
+def test_a_byte_is_of_its_characters_script_and_none_is_known_ahead() -> None:
+    ids_T = torch.tensor(list(MIXED))
+    characters = [c.encode() for c in MIXED.decode()]
+    expected = [c[0] for c in characters for _ in c]
+    assert lead_bytes(ids_T, TokenLayout.dense(1, len(ids_T))).tolist() == expected
+    # In two texts, the second of which begins inside a character, behind one that is told.
+    cut = MIXED.index("и".encode()) + 1
+    halves = TokenLayout.from_lengths((cut, len(ids_T) - cut))
+    assert lead_bytes(ids_T, halves)[cut] == 0
+    assert lead_bytes(ids_T, halves, torch.tensor([0, 0xD0])).tolist() == expected
+
+
+def test_every_script_has_its_gate_and_its_prior() -> None:
+    model = in_scripts().train()
+    torch.nn.init.zeros_(model.stack.gate.score.weight)
+    for number, prior in enumerate((0.3, 0.1, 0.05)):
+        torch.nn.init.constant_(model.stack.gate.score.bias[number], prior)
+    ids_BS = torch.tensor([list(MIXED)])
+    with RoutingTape(model) as tape:
+        model(ids_BS)
+    (record,) = tape.records
+    script_T = model.stack.script_of[lead_bytes(ids_BS[0], TokenLayout.dense(1, ids_BS.shape[1]))]
+    assert script_T.unique().tolist() == [0, 1, 2]
+    assert torch.equal(record.scores, torch.tensor([0.3, 0.1, 0.05], dtype=torch.float64)[script_T])
+    expected = 0.0
+    for number, prior in enumerate((0.3, 0.1, 0.05)):
+        ends = record.chosen[script_T == number]
+        likely = torch.distributions.Binomial(len(ends), torch.tensor(prior).double())
+        expected -= likely.log_prob(ends.sum().double()).item()
+    assert tape.loss().item() == pytest.approx(expected / ids_BS.shape[1], rel=1e-6)
+
+
+def test_scripts_are_causal_and_continue_in_a_cache() -> None:
+    model = in_scripts().eval()
+    ids_BS = torch.tensor([list(MIXED)])
+    with torch.no_grad(), RoutingTape(model) as tape:
+        logits = model(ids_BS)
+        for changed in (5, 12, 21, 30):
+            other_BS = ids_BS.clone()
+            other_BS[0, changed] = 0xE4  # the first byte of another script
+            torch.testing.assert_close(
+                model(other_BS)[0, :changed], logits[0, :changed], rtol=0, atol=1e-13
+            )
+    assert 2 < int(tape.records[0].chosen.sum()) < ids_BS.shape[1]
+    cache = Cache(model, 1)
+    with torch.no_grad():
+        steps = [model(ids_BS[:, i : i + 1], cache=cache) for i in range(ids_BS.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, 1), logits, rtol=0, atol=1e-12)
