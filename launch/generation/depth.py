@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,9 @@ from adaptive.models.decoder.speculation.drafts import (
     RecyclingDraft,
 )
 from adaptive.models.decoder.speculation.exit_adapter import ExitAdapter
+from adaptive.models.decoder.speculation.trees import Budgeted, Independent, Shape
 from adaptive.models.decoder.speculative import VERIFICATIONS, speculate
+from adaptive.models.decoder.tree_speculation import speculate_trees
 from launch.checkpoint.models import load_decoder
 from launch.data.text import Tokenizer
 from launch.run.errors import BadInput
@@ -32,6 +35,7 @@ from launch.run.plain_data import json_value
 from launch.run.terminal import shown
 
 _METADATA = "exit_adapter"
+_TREE_RULES = ("k_seq", "recursive")
 _CONTROLLERS = ("confidence", "fixed", "thompson")
 
 
@@ -50,9 +54,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--verification",
-        choices=VERIFICATIONS,
+        choices=(*VERIFICATIONS, *_TREE_RULES),
         default="chain",
-        help="of drafts; greedy is for --temperature 0 only, where both are the same",
+        help="of drafts; greedy is for --temperature 0 only, where both are the same; k_seq and\n"
+        "recursive are of --tree, and make it of independent chains of --max-draft tokens",
     )
     group.add_argument(
         "--controller",
@@ -68,6 +73,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="least probability of a draft to draft further",
     )
     group.add_argument("--max-draft", type=int, default=6, help="most tokens drafted at once")
+    group.add_argument(
+        "--tree",
+        type=int,
+        metavar="NODES",
+        help="draft a tree of so many tokens at most, several for a place, verified in one pass",
+    )
     group.add_argument(
         "--compare",
         action="store_true",
@@ -88,6 +99,8 @@ def wanted(options: argparse.Namespace) -> bool:
     """
     if options.exit_adapter is not None and options.draft is None:
         options.draft = "exit"
+    if options.draft is None and options.tree is not None:
+        raise BadInput("--tree: needs --draft")
     if options.draft is None and options.skip_decode is None:
         if options.compare:
             raise BadInput("--compare: needs --draft or --skip-decode")
@@ -98,6 +111,13 @@ def wanted(options: argparse.Namespace) -> bool:
         raise BadInput("--exit-adapter: needs --draft exit, and --draft exit needs it")
     if options.draft is not None and options.verification == "greedy" and options.temperature != 0:
         raise BadInput(f"--temperature={options.temperature}: must be 0 with --verification greedy")
+    if options.verification in _TREE_RULES and options.tree is None:
+        raise BadInput(f"--verification={options.verification}: needs --tree")
+    if options.tree is not None:
+        chains = options.verification in _TREE_RULES
+        least, what = (max(options.max_draft, 1), "--max-draft") if chains else (1, "1")
+        if options.tree < least:
+            raise BadInput(f"--tree={options.tree}: must be at least {what}")
     if options.show_routing or options.allow_non_causal:
         word = "--show-routing" if options.show_routing else "--allow-non-causal"
         raise BadInput(f"{word}: cannot be combined with --draft or --skip-decode")
@@ -154,6 +174,13 @@ def _controller(options: argparse.Namespace) -> Controller:
     return Confidence(options.draft_threshold, options.max_draft)
 
 
+def _shape(options: argparse.Namespace) -> Shape:
+    if options.verification in _TREE_RULES:
+        length = options.max_draft
+        return Independent(options.tree // max(length, 1), length, rule=options.verification)
+    return Budgeted(options.tree)
+
+
 def _speculate(
     options: argparse.Namespace,
     model: Decoder,
@@ -162,18 +189,19 @@ def _speculate(
     sampling: Sampling,
     draft: Draft,
 ) -> tuple[list[int], str]:
-    *_, made = speculate(
-        model,
-        [prompt],
-        draft,
-        max_new_tokens=options.max_tokens,
-        controller=_controller(options),
-        verification=options.verification,
-        sampling=sampling,
-        generator=_generator(options, model),
-        vocab_size=tokenizer.vocab_size,
-        end=None if options.ignore_end else tokenizer.end,
-    )
+    common: dict[str, Any] = {
+        "max_new_tokens": options.max_tokens,
+        "controller": _controller(options),
+        "sampling": sampling,
+        "generator": _generator(options, model),
+        "vocab_size": tokenizer.vocab_size,
+        "end": None if options.ignore_end else tokenizer.end,
+    }
+    if options.tree is not None:
+        *_, made = speculate_trees(model, [prompt], draft, shape=_shape(options), **common)
+    else:
+        verification = options.verification
+        *_, made = speculate(model, [prompt], draft, verification=verification, **common)
     return made.tokens[0], (
         f"{made.accepted} of {made.drafted} drafts accepted ({made.acceptance:.0%}), "
         f"{made.tokens_per_round:.2f} tokens a pass through the whole model"

@@ -73,6 +73,10 @@ def test_a_trained_adapter_drafts_the_text_of_greedy_decoding(
         words = ["--draft", draft, "--controller", "fixed"]
         out, _ = run(capsys, generate, folder, *GREEDY, *words)
         assert out == plain
+        for rule in ("chain", "k_seq", "recursive"):
+            tree = ["--tree", 6, "--max-draft", 2, "--verification", rule]
+            out, told = run(capsys, generate, folder, *GREEDY, *words, *tree)
+            assert out == plain
     words = [folder, "--max-tokens", 9, "--draft", folder, "--controller", "thompson"]
     assert "tokens a pass" in run(capsys, generate, *words)[1]
 
@@ -111,6 +115,13 @@ def test_wrong_options_are_refused_in_one_line(
         (["--draft", "ngram", "--skip-decode", "4:2"], "give one of them"),
         (["--draft", folder / "no-run"], "no-run"),
         (["--draft", "ngram", "--controller", "fixed", "--max-draft", -1], "must be 0 or more"),
+        (["--tree", 4], "--tree: needs --draft"),
+        (["--draft", "ngram", "--tree", 0], "--tree=0: must be at least 1"),
+        (["--draft", "ngram", "--verification", "k_seq"], "--verification=k_seq: needs --tree"),
+        (
+            ["--draft", "ngram", "--tree", 2, "--verification", "recursive"],
+            "--tree=2: must be at least --max-draft",
+        ),
         (["--draft", "ngram", "--draft-threshold", 2], "threshold=2.0: must be in [0, 1]"),
     ):
         assert rule in refusal(capsys, generate, folder, *words)
