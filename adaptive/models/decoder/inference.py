@@ -24,7 +24,9 @@ from adaptive.blocks.feed_forward import SwiGLU
 from adaptive.blocks.mixture_of_depths import ChoicePredictor, MixtureOfDepths, update_weights
 from adaptive.blocks.protocol import RoutedBlock
 from adaptive.blocks.skip_layer import EXECUTE, SkipLayer
-from adaptive.models.decoder.cache import Cache, LayerCache
+from adaptive.models.decoder.cache import Cache
+from adaptive.models.decoder.cached_attention import attend
+from adaptive.models.decoder.layer_cache import LayerCache
 from adaptive.models.decoder.layers import Attention, DecoderLayer, RMSNorm
 from adaptive.models.decoder.model import Decoder
 from adaptive.models.decoder.products import Product
@@ -307,7 +309,7 @@ class AttentionStep:
     def _finish(
         self, q_RHh: Tensor, residual_RD: Tensor, tokens: Tokens, cache: LayerCache
     ) -> Tensor:
-        attended_RD = cache.attend(q_RHh, tokens, self._module.window).flatten(1)
+        attended_RD = attend(cache, q_RHh, tokens, self._module.window).flatten(1)
         if self._output is not None:
             return self._output.added(residual_RD, attended_RD)
         out_RD: Tensor = residual_RD + self._module.output(attended_RD)

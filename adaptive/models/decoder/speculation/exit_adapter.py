@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptive.models.decoder.cache import LayerCache
 from adaptive.models.decoder.decode_depth import run_layers
 from adaptive.models.decoder.inference import Inference, attention_step, norm_of
+from adaptive.models.decoder.layer_cache import LayerCache
 from adaptive.models.decoder.layers import Attention, KeyValueCache, RMSNorm
 from adaptive.models.decoder.model import Decoder
 from adaptive.models.decoder.tokens import Tokens
