@@ -61,9 +61,9 @@ def find_checkpoint(path: str | Path, *, checksums: bool = True) -> Path:
         BadInput: there is none, or the one named is damaged.
     """
     path = Path(path).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # False, too, where a name is too long to be one
         raise BadInput(f"{path}: is a file, must be the folder of a checkpoint or of a run")
-    if not path.exists():
+    if not os.path.exists(path):
         raise BadInput(f"{path}: does not exist")
     with announced(f"checking what {path} holds"):
         if (path / MANIFEST).is_file() or (path / "state.json").is_file():
