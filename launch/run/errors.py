@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 
 from launch.run.terminal import announcing
 
+BAD_INPUT = 2
+"""Exit code of a program that was given bad input."""
+
 
 class BadInput(ValueError):  # noqa: N818 -- named for what it says to the user
     """A value that the user gave breaks a rule. The message is one line: `value: rule`."""
@@ -43,7 +46,7 @@ def exit_on_bad_input(*, speak: bool = True) -> Iterator[None]:
     except (BadInput, Failed) as error:
         if speak:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
+        raise SystemExit(BAD_INPUT if isinstance(error, BadInput) else 1) from None
 
 
 def program(main: Callable[[list[str] | None], int | None]) -> Callable[..., None]:

@@ -117,5 +117,13 @@ def launcher_options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--port", type=int, help="port that ranks meet at; default: a free one")
     parser.add_argument("--hostfile", metavar="FILE", help="several nodes: lines `HOST slots=N`")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="times that a run which failed is started again from its newest checkpoint, without "
+        "hosts and GPUs that are gone; default: 0",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and say what would run")
     return parser

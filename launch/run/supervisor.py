@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from launch.run.children import Child, ask
+from launch.run.errors import BAD_INPUT
 from launch.run.failures import PEER, read_errors
 from launch.run.hangs import Watch, describe
 from launch.run.marks import ENDS, FAILED, FINISHED, STOPPED, Mark, read_marks, this_host
@@ -63,11 +64,25 @@ class Supervised:
         }
 
 
-def supervise(command: list[str], run: Supervised | None = None) -> int:
+Start = tuple[list[str], Supervised]
+"""A launcher's command, and how it is supervised."""
+
+
+def supervise(
+    command: list[str],
+    run: Supervised | None = None,
+    again: Callable[[int, bool], Start | None] | None = None,
+) -> int:
     """Run the launcher; hand requests to stop to the ranks, so that they save.
 
     Before some rank listens nothing has been trained, and a request ends the launcher. Ranks of
     several nodes are not this process's: DeepSpeed's launcher is asked to end them.
+
+    Args:
+        command: the launcher's.
+        run: how it is supervised.
+        again: what to start when a run has failed that was not asked to stop, and whose input was
+            not bad, given its exit code and whether its ranks had begun; None: nothing.
 
     Returns:
         The exit code; 0 when the run finished, or was stopped as asked.
@@ -82,9 +97,27 @@ def supervise(command: list[str], run: Supervised | None = None) -> int:
     asked: list[int] = []
     for number in REQUESTS:
         signal.signal(number, lambda number, _: asked.append(number))
-    with Child(command, env=environment) as launcher:
-        code = _Supervision(launcher, run, asked).code()
-    return code if code >= 0 else 128 - code
+    while True:
+        with Child(command, env=environment) as launcher:
+            code = _Supervision(launcher, run, asked).code()
+        code = code if code >= 0 else 128 - code
+        if again is None or asked or code in (0, BAD_INPUT):
+            return code
+        launcher.kill()
+        begun = run.marks()
+        _wait_until_gone(begun)
+        following = again(code, bool(begun))
+        if following is None:
+            return code
+        command, run = following
+
+
+def _wait_until_gone(marks: dict[int, Mark]) -> None:
+    """Wait for ranks of this machine that were killed: one of them holds the folder's lock."""
+    deadline = time.monotonic() + _EXIT_SECONDS
+    here = [mark for mark in marks.values() if mark.host == this_host()]
+    while any(runs_here(mark) for mark in here) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def follow(child: Child, run: Supervised, ended: Callable[[], bool]) -> int:

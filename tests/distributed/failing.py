@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ class FailingTask(LanguageModelTask):
     FAILS: that rank cannot make the batch of the row. HOLDS: it waits there until the run is asked
     to end, so that what a test does happens at that step, however fast the machine is. POISONS,
     `ROW`: the gradient of that row is infinite, where the rank is that has it, its loss is not.
+    DIES, `RANK:ROW:FILE`: that rank kills itself there (-9), unless the file is there already.
     SPIKES, `FIRST:STOP`: the loss of these rows is ten times as large.
     """
 
@@ -32,6 +35,12 @@ class FailingTask(LanguageModelTask):
                 raise ValueError(f"row {row} has no text")
             while not signal.getsignal(signal.SIGTERM).__self__.asked:  # type: ignore[union-attr]
                 time.sleep(0.02)
+        rank, _, place = os.environ.get("DIES", "").partition(":")
+        row, _, file = place.partition(":")
+        if dist.is_initialized() and rank == str(dist.get_rank()) and int(row) in rows:
+            with suppress(FileExistsError):
+                Path(file).touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
         batch = dict(super().batch(rows))
         first, _, stop = os.environ.get("SPIKES", "0:0").partition(":")
         marks = torch.zeros(len(rows), 2)

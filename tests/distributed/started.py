@@ -22,6 +22,7 @@ class Started:
     Args:
         holds: rank that waits once so many steps are done: what follows is no race.
         fails: rank that fails there.
+        options: further words of the command line.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class Started:
         *,
         holds: tuple[int, int] | None = None,
         fails: tuple[int, int] | None = None,
+        options: tuple[str, ...] = ("--ranks", "2"),
     ) -> None:
         recipe = folder / f"{Path(tree['output']).name}.yaml"
         recipe.write_text(yaml.safe_dump(tree))
-        command = [sys.executable, "-m", "launch.start", "--ranks", "2", "--config", str(recipe)]
+        command = [sys.executable, "-m", "launch.start", *options, "--config", str(recipe)]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         for name, at in (("HOLDS", holds), ("FAILS", fails)):
             if at is not None:
