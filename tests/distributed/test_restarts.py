@@ -1,4 +1,4 @@
-"""`launch.start --restarts`: a run that is killed goes on by itself, on the ranks that are there."""
+"""`launch.start --restarts`: a run that is killed goes on by itself, on ranks that are there."""
 
 from __future__ import annotations
 
