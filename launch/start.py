@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(plan(parsed, ranks=ranks))
         return 0
     print(f"starting {ranks} ranks: a launcher, then each of them, imports torch …", flush=True)
-    return supervise(command, run, Restarts(parsed, _start))
+    again = Restarts(parsed, _start) if parsed.options.restarts else None
+    return supervise(command, run, again)
 
 
 def _start(parsed: Parsed) -> tuple[int, Start]:

@@ -84,7 +84,7 @@ class Started:
         return next(p for p in self.descendants() if "deepspeed.launcher.launch" in p.cmdline())
 
     def end(self) -> tuple[int, str]:
-        out, _ = self.process.communicate(timeout=90)
+        out, _ = self.process.communicate(timeout=200)
         return self.process.returncode, "".join(self.lines) + out
 
     def close(self) -> None:
