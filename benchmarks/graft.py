@@ -6,9 +6,11 @@ tokens in layers 1 to 4, by what is routed and what chosen tokens attend to, and
 many operations a token, made of some of its layers (the best of all that keep the first and the
 last). Three seeds: of the routers, the order of the text and the draws.
 
-    python benchmarks/graft.py [--folder runs/graft] [--operations 1e12] [--jobs N]
+    python benchmarks/graft.py [--folder runs/graft] [--operations 1e12] [--jobs N] [--search]
 
-Finished runs are kept and not repeated. Writes docs/results/graft.{md,png,json}.
+`--search` trains many settings of a learned choice with one seed instead: is one of them better
+than dense models of as many operations a token? Finished runs are kept and not repeated. Writes
+docs/results/graft.{md,png,json}, or graft_search.
 """
 
 from __future__ import annotations
@@ -49,11 +51,38 @@ CHOICES = {
 DENSE = "model.mixture_of_depths=null"
 
 
+def settings() -> dict[str, list[str]]:
+    """What the search tries: reach, share of tokens, layers, form of the weight, learning rate."""
+    tried = {
+        f"{reach}, {capacity:.3g} in {layers}": [
+            f"{KEY}weight=tanh_norm",
+            f"{KEY}capacity={capacity}",
+            f"{KEY}schedule=[{layers}]",
+            *REACHES[reach],
+        ]
+        for reach, capacities in (
+            ("feed-forward", (0.125, 0.25, 0.5, 0.75)),
+            ("block, keys of all", (0.25, 0.5, 0.75)),
+            ("block, keys of chosen", (0.5, 0.75)),
+        )
+        for capacity in capacities
+        for layers in (("1,2,3,4", "1,3") if capacity < 0.75 else ("1,2,3,4",))
+    }
+    for reach in ("feed-forward", "block, keys of all"):
+        half = f"{reach}, 0.5 in 1,2,3,4"
+        for weight in ("raw", "sigmoid"):
+            tried[f"{half}, {weight}"] = [*tried[half], f"{KEY}weight={weight}"]
+        for rate in (5e-4, 2e-3):
+            tried[f"{half}, rate {rate:g}"] = [*tried[half], f"train.learning_rate={rate}"]
+    return tried
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/graft"))
     parser.add_argument("--operations", type=float, default=1e12)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--search", action="store_true", help="many settings, one seed")
     options = parser.parse_args()
     folder: Path = options.folder
     dense = folder / "dense"
@@ -65,7 +94,8 @@ def main() -> None:
         """Each begins with weights made of the dense run's."""
         for name, words in given.items():
             if not weights(name).is_dir():
-                convert(["adapt", str(dense), str(weights(name)), *words])
+                of_model = [word for word in words if not word.startswith("train.")]
+                convert(["adapt", str(dense), str(weights(name)), *of_model])
         return {
             name: [f"checkpoint.weights={weights(name)}", *trained_with(words)]
             for name, words in given.items()
@@ -117,6 +147,21 @@ def main() -> None:
             seeds=[0],
         )
         best[size] = min(found, key=lambda outcome: outcome["validation_loss"])["arm"]
+    smaller = {best[size]: ["--layers", best[size].removeprefix("layers ")] for size in best}
+    if options.search:
+        run(
+            "search",
+            ROOT / "docs" / "results" / "graft_search",
+            settings() | smaller | {"layers 0,1,2,3,4,5": ["--layers", "0,1,2,3,4,5"]},
+            title="Settings of a learned choice in a trained decoder, at equal executed FLOPs",
+            seeds=[0],
+            about=(
+                "The same decoder and budget as [graft](graft.md), one seed: what is routed, the "
+                "share of tokens, in which layers, the form of the weight (tanh_norm where none is "
+                "named), the learning rate (1e-3). `python benchmarks/graft.py --search` repeats."
+            ),
+        )
+        return
     run(
         "graft",
         ROOT / "docs" / "results" / "graft",
@@ -125,7 +170,7 @@ def main() -> None:
             for reach, what in REACHES.items()
             for choice, how in CHOICES.items()
         }
-        | {best[size]: ["--layers", best[size].removeprefix("layers ")] for size in best},
+        | smaller,
         title="Routed layers in a trained decoder, at equal executed FLOPs",
         seeds=[0, 1, 2],
         about=(
